@@ -1,0 +1,38 @@
+# The two commands of the README, and what a contributor runs before a commit.
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/installed
+
+.PHONY: demo test check lint types wheel clean
+
+demo: $(STAMP)
+	$(BIN)/reelscale demo demo
+
+test: $(STAMP)
+	$(BIN)/python -P -m pytest
+
+check: lint types test wheel
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+# The wheel, installed nowhere else than in a folder of its own, must run from an empty folder.
+wheel: $(STAMP)
+	rm -rf build/wheel && mkdir -p build/wheel/empty
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel . >build/wheel/log 2>&1 || (cat build/wheel/log; false)
+	$(BIN)/pip install -q --no-deps --target build/wheel/site build/wheel/*.whl
+	cd build/wheel/empty && PYTHONPATH=../site ../../../$(BIN)/python -P ../site/bin/reelscale experiments
+
+# One environment for all of it: pinned by constraints.txt, made again when what it is made from changes.
+$(STAMP): setup.cfg constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,mpi]' setuptools
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build demo runs

@@ -1,0 +1,1 @@
+"""Plain `nn.Module`s, built by small functions with explicit arguments; never touches `torch.distributed`."""
