@@ -1,0 +1,433 @@
+"""The training loop.
+
+In short::
+
+    while clips_seen < total_clips:
+        for phase in phases that run at this step:
+            for micro_batch in the rank's share of the global batch:
+                loss = sum(task.losses(phase, micro_batch)) / micro_batches
+                loss.backward()                      # gradients are exchanged as they become ready
+            strategy.finish(phase)                   # now they are the mean over the ranks
+            phase.optimizer.step()
+        clips_seen += batch_clips                    # the whole state of the loader and of the schedules
+        every so often: log, evaluate, save
+
+Everything random in a step is seeded by (seed, step, rank), everything scheduled is a function of `clips_seen`: a run
+that continues from a checkpoint needs nothing else to do what the undisturbed run would have done.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from dist_train import checkpoint as checkpoints
+from dist_train.batch_norm import BatchNormMode, set_training
+from dist_train.collectives import Collectives
+from dist_train.ema import WeightAverage
+from dist_train.evaluation import evaluate
+from dist_train.journal import Journal
+from dist_train.ledger import rows
+from dist_train.ledger.recorder import Recorder
+from dist_train.optimizers import set_learning_rate
+from dist_train.phases import Batch, Loader, Phase, Prediction, Task
+from dist_train.schedules import ScheduleConfig, learning_rate_factor
+from dist_train.strategies import Strategy, StrategyName
+from dist_train.strategies.base import BufferAverage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long, in what batches, and how precisely to train."""
+
+    batch_clips: int = 128
+    """Global batch: clips of all ranks and micro-batches for one update."""
+    micro_batches: int = 1
+    """Gradient accumulation: a rank's share of the batch is computed in this many parts."""
+    epochs: float = 50.0
+    """Passes over the training split."""
+    strategy: StrategyName = "allreduce"
+    """How gradients are exchanged: `allreduce` (Horovod-style, overlapped) or `ddp` (PyTorch's wrapper)."""
+    bucket_megabytes: float = 25.0
+    """Gradients are exchanged in buckets of about this size (10^6 bytes)."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Autocast: `auto` is bfloat16 where the GPU has it, float32 elsewhere."""
+    batch_norm: BatchNormMode = "local"
+    """Statistics of each rank's micro-batch (`local`), of all ranks (`synchronized`), or `frozen`."""
+    channels_last: bool = True
+    """Keep images and weights in channels-last memory layout."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes."""
+    clip_gradient_norm: float = 0.0
+    """Clip each phase's gradient to this norm; 0: do not."""
+    ema_half_life_clips: float = 0.0
+    """Average the weights with this half-life and evaluate the average; 0: do not."""
+    evaluate_every_epochs: float = 1.0
+    """Evaluate after each so many epochs; 0: only at the end."""
+    log_every_steps: int = 10
+    """Losses are fetched, the ledger written, and a stop agreed at this interval."""
+    seed: int = 0
+    """Seed of the weights, the sample order, the augmentation, and dropout."""
+    deterministic: bool = False
+    """Ask for deterministic kernels (slower on CUDA)."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, one line each."""
+        found = []
+        for name in ("batch_clips", "micro_batches", "log_every_steps"):
+            if getattr(self, name) < 1:
+                found.append(f"training.{name} is {getattr(self, name)}: use 1 or more")
+        if not self.epochs > 0:
+            found.append(f"training.epochs is {self.epochs}: use a positive number")
+        for name in ("clip_gradient_norm", "ema_half_life_clips", "evaluate_every_epochs"):
+            if getattr(self, name) < 0:
+                found.append(f"training.{name} is {getattr(self, name)}: use 0 or more")
+        if not 0 <= self.label_smoothing < 1:
+            found.append(f"training.label_smoothing is {self.label_smoothing}: use a number from 0 to below 1")
+        if self.bucket_megabytes <= 0:
+            found.append(f"training.bucket_megabytes is {self.bucket_megabytes}: use a positive number")
+        return found
+
+
+class Monitor(Protocol):
+    """Receives metrics on rank 0 (a file, wandb, the console)."""
+
+    def log(self, metrics: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where the run stands."""
+
+    step: int = 0
+    clips_seen: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How the run ended."""
+
+    step: int
+    clips_seen: int
+    stopped: bool
+    """True when a stop was requested before the last clip."""
+    evaluation: dict[str, float] | None
+    """The last evaluation."""
+    predictions: list[Prediction] = field(default_factory=list)
+    """Of the last evaluation, on rank 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """All that the loop works with. Made by `launch`; `train` runs it."""
+
+    task: Task
+    loader: Loader
+    evaluation_loader: Loader
+    collectives: Collectives
+    strategy: Strategy
+    ledger: Recorder
+    journal: Journal | None
+    monitors: Sequence[Monitor]
+    run_dir: Path
+    attempt: int
+    training: TrainingConfig
+    schedule: ScheduleConfig
+    warmup_start_factor: float
+    checkpoint: checkpoints.CheckpointConfig
+    checkpoint_meta: Mapping[str, Any]
+    evaluation_split: str
+    stop_requested: Callable[[], bool] = lambda: False
+    on_step: Callable[[int], None] = lambda _: None
+    """Called after every step on every rank (progress, fault injection)."""
+    on_evaluation_batch: Callable[[int], None] | None = None
+
+
+def train(run: Run, start: checkpoints.Checkpoint | None = None) -> Outcome:
+    """Trains from the beginning or from `start` until the last clip or an agreed stop."""
+    return _Loop(run, start).run()
+
+
+def steps_left(*, num_samples: int, epochs: float, batch_clips: int, clips_seen: int = 0) -> int:
+    """Updates still to do: the last global batch may reach past the last epoch, so that it is full."""
+    return max(math.ceil((num_samples * epochs - clips_seen) / batch_clips), 0)
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of the device's generators at a step: different for every rank, step and run (63 bits)."""
+    value = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) & (2**64 - 1)
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    return (value ^ (value >> 27)) >> 1
+
+
+class _Loop:
+    """The state that `train` carries from step to step."""
+
+    def __init__(self, run: Run, start: checkpoints.Checkpoint | None) -> None:
+        self.run_, self.config, self.world = run, run.training, run.collectives.world
+        self.progress = Progress()
+        self.phases = run.strategy.prepare(run.task.phases)
+        self.buffers = BufferAverage(run.task.phases, run.collectives)
+        half_life = self.config.ema_half_life_clips
+        self.averages = {
+            phase.name: WeightAverage(phase.module, half_life_clips=half_life)
+            for phase in run.task.phases
+            if half_life > 0
+        }
+        if start is not None:
+            self._restore(start)
+        self.autocast = _autocast(self.config.precision, self.world.device)
+        self.clips_per_epoch = run.loader.num_samples
+        self.total_clips = self.progress.clips_seen + self.config.batch_clips * steps_left(
+            num_samples=self.clips_per_epoch,
+            epochs=self.config.epochs,
+            batch_clips=self.config.batch_clips,
+            clips_seen=self.progress.clips_seen,
+        )
+        self.losses: list[dict[str, torch.Tensor]] = []
+        self.logged_at = (time.perf_counter(), self.progress.clips_seen)
+
+    def run(self) -> Outcome:
+        run, progress = self.run_, self.progress
+        for phase in self.phases:
+            set_training(phase.module, self.config.batch_norm)
+        batches = run.loader.batches(progress.clips_seen, self.total_clips)
+        evaluation: dict[str, float] | None = None
+        predictions: list[Prediction] = []
+        run.ledger.training_begins()
+        stopped = False
+        while progress.clips_seen < self.total_clips and not stopped:
+            self._step(batches)
+            run.ledger.close_span("step", step=progress.step, clips_seen=progress.clips_seen)
+            run.on_step(progress.step)
+            last = progress.clips_seen >= self.total_clips
+            if last or progress.step % self.config.log_every_steps == 0:
+                stopped = self._log() and not last
+            if last or self._crossed(self.config.evaluate_every_epochs):
+                evaluation, predictions = self._evaluate()
+            if last or stopped or self._crossed(run.checkpoint.every_epochs):
+                self._save()
+        return Outcome(
+            step=progress.step,
+            clips_seen=progress.clips_seen,
+            stopped=stopped,
+            evaluation=evaluation,
+            predictions=predictions,
+        )
+
+    # -- one step ----------------------------------------------------------------------------------------------
+
+    def _step(self, batches: Iterator[Batch]) -> None:
+        run, config, ledger, step = self.run_, self.config, self.run_.ledger, self.progress.step
+        torch.manual_seed(step_seed(config.seed, step, self.world.rank))
+        micro_batches = [self._next_batch(batches) for _ in range(config.micro_batches)]
+        factor = learning_rate_factor(
+            run.schedule,
+            clips_seen=self.progress.clips_seen,
+            clips_per_epoch=self.clips_per_epoch,
+            total_clips=self.total_clips,
+            start_factor=run.warmup_start_factor,
+        )
+        losses: dict[str, torch.Tensor] = {}
+        for phase in self.phases:
+            if step % phase.interval:
+                continue
+            set_learning_rate(phase.optimizer, factor)
+            phase.optimizer.zero_grad(set_to_none=True)
+            for number, batch in enumerate(micro_batches, start=1):
+                self._accumulate(phase, batch, losses, last=number == len(micro_batches))
+            with ledger.row(rows.BACKWARD):
+                run.strategy.finish(phase)
+            self.buffers.finish()
+            with ledger.row(rows.OPTIMIZER):
+                if config.clip_gradient_norm > 0:
+                    torch.nn.utils.clip_grad_norm_(phase.parameters(), config.clip_gradient_norm)
+                phase.optimizer.step()
+        with ledger.row(rows.OPTIMIZER):
+            for average in self.averages.values():
+                average.update(config.batch_clips)
+        self.losses.append(losses)
+        self.progress.step += 1
+        self.progress.clips_seen += config.batch_clips
+
+    def _accumulate(self, phase: Phase, batch: Batch, losses: dict[str, torch.Tensor], *, last: bool) -> None:
+        """Forward and backward of one micro-batch; adds its share to `losses`."""
+        run, ledger = self.run_, self.run_.ledger
+        with run.strategy.micro_batch(phase, synchronize=last):
+            with ledger.row(rows.FORWARD), self.autocast():
+                found = run.task.losses(phase, batch)
+                loss = torch.stack(list(found.values())).sum() / self.config.micro_batches
+            if last and self.config.batch_norm == "local":
+                self.buffers.start()
+            with ledger.row(rows.BACKWARD):
+                loss.backward()
+        for name, value in found.items():
+            share = value.detach() / self.config.micro_batches
+            losses[name] = losses[name] + share if name in losses else share
+
+    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
+        run, ledger = self.run_, self.run_.ledger
+        with ledger.row(rows.LOADER_WAIT):
+            batch = next(batches)
+        costs = dict(batch.costs)
+        own = {row: costs.get(f"{row}_seconds", 0.0) for row in (rows.READ, rows.DECODE, rows.AUGMENT)}
+        if costs.get("worker", -1) < 0:  # the rank read this batch by itself, just now
+            ledger.split_row(rows.LOADER_WAIT, own)
+        else:
+            ledger.add_worker_costs(
+                {**own, "wall": costs.get("wall_seconds", 0.0), "idle": costs.get("idle_seconds", 0.0)}
+            )
+        counts = {name: costs.get(name, 0) for name in ("frames_decoded", "frames_used")}
+        ledger.add_worker_costs({**counts, "skipped": len(batch.skipped)})
+        ledger.add_bytes(rows.READ, int(costs.get("read_bytes", 0)))
+        ledger.add_bytes(rows.DECODE, int(costs.get("decoded_bytes", 0)))
+        if batch.skipped:
+            logger.warning("step %d: skipped %s", self.progress.step, "; ".join(batch.skipped))
+        with ledger.row(rows.HOST_TO_DEVICE):
+            moved = batch.to(self.world.device, non_blocking=True)
+        ledger.add_bytes(rows.HOST_TO_DEVICE, batch.num_bytes)
+        if run.journal is not None:
+            with ledger.row(rows.LOGGING):
+                positions = getattr(batch, "positions", batch.sample_ids)
+                run.journal.add(
+                    step=self.progress.step, positions=positions.tolist(), samples=batch.sample_ids.tolist()
+                )
+        return moved
+
+    # -- between steps -----------------------------------------------------------------------------------------
+
+    def _log(self) -> bool:
+        """Writes metrics and ledger since the last log; True when any rank was asked to stop."""
+        run, ledger, progress = self.run_, self.run_.ledger, self.progress
+        spans = ledger.flush(run.collectives.max_of_floats)
+        with ledger.row(rows.LOGGING, absorb=True):
+            losses = self._mean_losses()
+            now, before = time.perf_counter(), self.logged_at
+            self.logged_at = (now, progress.clips_seen)
+            metrics = {
+                **self._place(),
+                "loss": sum(losses.values()),
+                "losses": losses,
+                "learning_rate": float(self.phases[0].optimizer.param_groups[0]["lr"]),
+                "clips_per_second": (progress.clips_seen - before[1]) / max(now - before[0], 1e-9),
+                "ledger": _seconds_a_step(spans),
+            }
+            self._send(metrics)
+            if not math.isfinite(metrics["loss"]):
+                raise RuntimeError(
+                    f"the loss is {metrics['loss']} at step {progress.step} (losses: {losses}): training diverged; "
+                    "lower optimizer.base_learning_rate or lengthen schedule.warmup_epochs, then --resume from the "
+                    "last checkpoint"
+                )
+            return run.collectives.any(run.stop_requested())
+
+    def _mean_losses(self) -> dict[str, float]:
+        """Means over the steps since the last log and over the ranks: the one place that waits for the device."""
+        names = sorted({name for step in self.losses for name in step})
+        means = torch.stack([torch.stack([step[n] for step in self.losses if n in step]).mean() for n in names])
+        means = self.run_.collectives.sum_(means.float()) / self.world.world_size
+        self.losses = []
+        return dict(zip(names, means.tolist(), strict=True))
+
+    def _evaluate(self) -> tuple[dict[str, float], list[Prediction]]:
+        run, ledger = self.run_, self.run_.ledger
+        with ledger.row(rows.EVALUATION, absorb=True):
+            averaged: AbstractContextManager[Any] = nullcontext()
+            if self.averages:
+                averaged = self.averages[run.task.phases[0].name].in_place()
+            with averaged:
+                summary, predictions = evaluate(
+                    run.task,
+                    run.evaluation_loader.evaluation_batches(),
+                    collectives=run.collectives,
+                    autocast=self.autocast,
+                    on_batch=run.on_evaluation_batch,
+                )
+            self._send({**self._place(), "evaluation": {"split": run.evaluation_split, **summary}})
+        ledger.close_span("evaluation", step=self.progress.step, clips_seen=self.progress.clips_seen)
+        self.logged_at = (time.perf_counter(), self.progress.clips_seen)
+        return summary, predictions
+
+    def _save(self) -> None:
+        run, ledger, progress = self.run_, self.run_.ledger, self.progress
+        with ledger.row(rows.CHECKPOINT, absorb=True):
+            if run.journal is not None:
+                run.journal.flush()  # what a checkpoint covers is on record before the checkpoint is
+            run.collectives.barrier()
+            checkpoints.save_checkpoint(
+                run.run_dir,
+                step=progress.step,
+                clips_seen=progress.clips_seen,
+                state=self._state(),
+                meta={**run.checkpoint_meta, "attempt": run.attempt},
+                collectives=run.collectives,
+                keep=run.checkpoint.keep,
+            )
+        ledger.close_span("checkpoint", step=progress.step, clips_seen=progress.clips_seen)
+        self.logged_at = (time.perf_counter(), progress.clips_seen)
+
+    def _state(self) -> dict[str, Any]:
+        phases = self.run_.task.phases
+        return {
+            "modules": {phase.name: phase.module.state_dict() for phase in phases},
+            "optimizers": {phase.name: phase.optimizer.state_dict() for phase in phases},
+            "averages": {name: average.state_dict() for name, average in self.averages.items()},
+        }
+
+    def _restore(self, start: checkpoints.Checkpoint) -> None:
+        for phase in self.run_.task.phases:
+            phase.module.load_state_dict(start.state["modules"][phase.name])
+            phase.optimizer.load_state_dict(start.state["optimizers"][phase.name])
+        for name, average in self.averages.items():
+            if name not in start.state["averages"]:
+                raise ValueError(f"{start.path} holds no weight averages: resume with --training.ema-half-life-clips 0")
+            average.load_state_dict(start.state["averages"][name])
+        self.progress = Progress(step=start.step, clips_seen=start.clips_seen)
+
+    def _place(self) -> dict[str, Any]:
+        progress = self.progress
+        return {
+            "step": progress.step,
+            "clips_seen": progress.clips_seen,
+            "epoch": progress.clips_seen / self.clips_per_epoch,
+            "attempt": self.run_.attempt,
+        }
+
+    def _send(self, metrics: Mapping[str, Any]) -> None:
+        if self.world.is_first:
+            for monitor in self.run_.monitors:
+                monitor.log(metrics)
+
+    def _crossed(self, every_epochs: float) -> bool:
+        """True when the last step completed another `every_epochs` epochs."""
+        if every_epochs <= 0:
+            return False
+        interval = every_epochs * self.clips_per_epoch
+        after = self.progress.clips_seen
+        return int(after / interval) > int((after - self.config.batch_clips) / interval)
+
+
+def _seconds_a_step(spans: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of each row per step, over the steps in `spans`."""
+    steps = [span for span in spans if span["name"] == "step"]
+    names = {row for span in steps for row in span["seconds"]}
+    return {row: sum(span["seconds"].get(row, 0.0) for span in steps) / len(steps) for row in sorted(names)}
+
+
+def _autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    wanted = precision == "bfloat16"
+    if precision == "auto":
+        wanted = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if not wanted:
+        return nullcontext
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)

@@ -1,0 +1,1 @@
+"""Tasks: what is learnt, as phases and losses (see `dist_train.phases`)."""

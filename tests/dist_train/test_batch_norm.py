@@ -1,0 +1,79 @@
+"""Synchronised batch norm is batch norm of the whole batch: forward, backward, and twice backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dist_train.batch_norm import SynchronizedBatchNorm, apply_batch_norm_mode, set_training
+from dist_train.collectives import Collectives
+from dist_train.world import World
+from tests.ranks import run_ranks
+
+
+def _inputs():
+    return torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 + 1
+
+
+def _norm_and_penalty(world, synchronized):
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5), nn.Tanh()).double()
+    if synchronized:
+        apply_batch_norm_mode(model, "synchronized", Collectives(world))
+    share = _inputs().chunk(world.world_size)[world.rank].clone().requires_grad_()
+    out = model(share)
+    (slope,) = torch.autograd.grad(out.square().sum(), share, create_graph=True)
+    (out.sin().sum() + slope.square().sum()).backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    return out.detach(), slope.detach(), share.grad, gradients, dict(model.state_dict())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_synchronized_equals_the_whole_batch_through_double_backward(world_size):
+    out, slope, gradient, parameters, state = run_ranks(_norm_and_penalty, 1, False)[0]
+    ranks = run_ranks(_norm_and_penalty, world_size, True)
+    for expected, part in ((out, 0), (slope, 1), (gradient, 2)):
+        torch.testing.assert_close(torch.cat([rank[part] for rank in ranks]), expected, rtol=0, atol=1e-10)
+    for number, expected in enumerate(parameters):
+        total = sum(rank[3][number] for rank in ranks)
+        torch.testing.assert_close(total, expected, rtol=0, atol=1e-10)
+    for name, expected in state.items():
+        for rank in ranks:
+            torch.testing.assert_close(rank[4][name], expected, rtol=0, atol=1e-10, msg=name)
+
+
+def test_synchronized_keeps_the_names_and_objects_of_the_layer():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    names, weight = list(model.state_dict()), model[1].weight
+    apply_batch_norm_mode(model, "synchronized", Collectives(World()))
+    assert isinstance(model[1], SynchronizedBatchNorm)
+    assert list(model.state_dict()) == names
+    assert model[1].weight is weight
+
+
+def test_synchronized_keeps_channels_last_and_the_input_dtype():
+    layer = SynchronizedBatchNorm.like(nn.BatchNorm2d(4), Collectives(World()))
+    inputs = torch.randn(2, 4, 5, 5, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    out = layer(inputs)
+    assert out.dtype == torch.bfloat16
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_synchronized_in_evaluation_is_plain_batch_norm():
+    plain = nn.BatchNorm2d(4)
+    plain(_inputs().float())
+    layer = SynchronizedBatchNorm.like(plain.eval(), Collectives(World()))
+    assert torch.equal(layer(_inputs().float()), plain(_inputs().float()))
+
+
+def test_frozen_statistics_do_not_move_but_scale_and_shift_train():
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    apply_batch_norm_mode(model, "frozen", Collectives(World()))
+    set_training(model, "frozen")
+    model(_inputs().float()).square().sum().backward()
+    assert torch.equal(model[0].running_mean, torch.zeros(4))
+    assert model[0].weight.grad is not None
+    set_training(model, "local")
+    model(_inputs().float())
+    assert not torch.equal(model[0].running_mean, torch.zeros(4))
