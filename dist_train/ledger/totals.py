@@ -163,10 +163,17 @@ class AttemptSummary:
 
     @property
     def clips_per_second(self) -> float:
-        """Clips of all ranks per second of training steps, the slowest rank's time; 0 without steps."""
-        wall = max(rank.span_seconds.get("step", 0.0) for rank in self.ranks)
-        clips = max(rank.steps.clips_per_step * rank.num_steps for rank in self.ranks)
-        return clips / wall if wall > 0 else 0.0
+        """Clips of all ranks per second of steady training steps (see `RankSummary.steady_row_seconds`).
+
+        The time is that of the rank that took longest; 0 without steps.
+        """
+        rates = []
+        for rank in self.ranks:
+            cold = 1 if len(rank.steps) >= _STEADY_FROM_POINTS else 0
+            wall = float(rank.steps.wall_seconds[cold:].sum())
+            if wall > 0:
+                rates.append(rank.steps.clips_per_step * float(rank.steps.num_steps[cold:].sum()) / wall)
+        return min(rates, default=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
