@@ -1,0 +1,170 @@
+"""Few frames of a video, decoded from the nearest key frames: the pixels that decoding everything would give.
+
+    video = Video(payload)
+    decoded = video.decode([0, 8, 16, 24])        # uint8 (4, H, W, 3)
+
+Groups of pictures without a wanted frame are never touched, decoding stops at the last packet that a wanted frame
+needs, and H.264 pictures that nothing refers to are left out unless wanted. Frame numbers count the frames as shown,
+from the packets' timestamps (`data_shards.packet_index`), so B-frames, open groups and variable frame rates are exact.
+One thread: parallelism comes from worker processes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from data_shards.errors import DataError
+from data_shards.packet_index import PacketIndex, Run, describe_av_error, index_packets, plan_runs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodedFrames:
+    """Frames as asked for, and what they cost."""
+
+    frames: np.ndarray
+    """RGB uint8 (T, H, W, 3), C-contiguous, upright (a rotation that the file states is applied)."""
+    frames_decoded: int
+    """Frames that the decoder put out for them, wanted or not."""
+
+
+class Video:
+    """One encoded video in memory, indexed but not decoded.
+
+    Raises DataError where the bytes are not a video; the message does not say which sample, its caller knows.
+    """
+
+    def __init__(self, payload: bytes) -> None:
+        self._index = index_packets(payload)
+        self._reformatter = VideoReformatter()
+        # A file without usable timestamps (some AVI) tells its frames only by decoding them all, in order.
+        self._all_frames = None if self._index.pts else self._decode_all()
+
+    @property
+    def num_frames(self) -> int:
+        """Frames shown from start to end."""
+        return len(self._index.shown) if self._all_frames is None else len(self._all_frames)
+
+    def decode(self, frame_numbers: Sequence[int] | np.ndarray) -> DecodedFrames:
+        """Decode frames 0 <= number < `num_frames`, in the order given; a number may repeat.
+
+        Raises DataError where a wanted frame cannot be decoded, ValueError for a number that does not exist.
+        """
+        numbers = [int(number) for number in frame_numbers]
+        if not numbers or min(numbers) < 0 or max(numbers) >= self.num_frames:
+            raise ValueError(f"frames {numbers} were asked of a video with frames 0 to {self.num_frames - 1}")
+        if self._all_frames is not None:
+            found, frames_decoded = self._all_frames, len(self._all_frames)
+        else:
+            found, frames_decoded = self._decode_wanted(sorted(set(numbers)))
+        clip = self._to_rgb([found[number] for number in numbers])
+        return DecodedFrames(frames=clip, frames_decoded=frames_decoded)
+
+    def _decode_wanted(self, wanted: list[int]) -> tuple[dict[int, av.VideoFrame], int]:
+        """Frames by their numbers, and how many the decoder put out."""
+        index = self._index
+        by_pts = {index.pts[index.shown[number]]: number for number in wanted}
+        found: dict[int, av.VideoFrame] = {}
+        frames_decoded = 0
+        for run in plan_runs(index, wanted):
+            frames_decoded += self._decode_run(run, by_pts, found, drop_unreferenced=True)
+        if len(found) < len(by_pts):
+            # The container marked a packet as a starting point that the decoder does not accept: start from the top.
+            everything = Run(start=0, stop=len(index.packets))
+            frames_decoded += self._decode_run(everything, by_pts, found, drop_unreferenced=False)
+        missing = [number for number in wanted if number not in found]
+        if missing:
+            raise DataError(f"frame {missing[0]} of {self.num_frames} cannot be decoded, the video is damaged")
+        return found, frames_decoded
+
+    def _decode_run(
+        self, run: Run, by_pts: dict[int, int], found: dict[int, av.VideoFrame], *, drop_unreferenced: bool
+    ) -> int:
+        """Decode one run into `found` (keyed by frame number); returns how many frames came out."""
+        index, decoder = self._index, self._index.decoder
+        length_bytes = _nal_length_bytes(index) if drop_unreferenced else 0
+        frames_decoded = 0
+        for number in range(run.start, run.stop + 1):
+            if number == run.stop:
+                packet = None  # put out what is held back for reordering
+            elif (
+                length_bytes and index.pts[number] not in by_pts and _is_unreferenced(index.data(number), length_bytes)
+            ):
+                continue
+            else:
+                packet = index.packets[number]
+            try:
+                frames = decoder.decode(packet)
+            except av.error.EOFError:
+                break
+            except av.error.FFmpegError:
+                continue  # a damaged picture: an error only if a wanted frame is then missing
+            frames_decoded += len(frames)
+            for frame in frames:
+                wanted = None if frame.pts is None else by_pts.get(frame.pts)
+                if wanted is not None and not frame.is_corrupt:
+                    found[wanted] = frame
+        decoder.flush_buffers()
+        return frames_decoded
+
+    def _decode_all(self) -> dict[int, av.VideoFrame]:
+        frames: list[av.VideoFrame] = []
+        packets = self._index.packets
+        for number in range(len(packets) + 1):
+            try:
+                frames.extend(self._index.decoder.decode(packets[number] if number < len(packets) else None))
+            except av.error.FFmpegError as error:
+                raise DataError(f"the video cannot be decoded ({describe_av_error(error)})") from error
+        if not frames:
+            raise DataError("the video has no frame that can be decoded")
+        return dict(enumerate(frames))
+
+    def _to_rgb(self, frames: list[av.VideoFrame]) -> np.ndarray:
+        """RGB uint8 (T, H, W, 3); frames of one size, turned upright."""
+        first = frames[0]
+        height, width = first.height, first.width
+        clip = np.empty((len(frames), height, width, 3), dtype=np.uint8)
+        for frame, target in zip(frames, clip, strict=True):
+            if (frame.height, frame.width) != (height, width):
+                raise DataError(
+                    f"the frame size changes within the video, from {width}x{height} to {frame.width}x{frame.height}"
+                )
+            # One thread: swscale would start one a core for each frame, at many times the cost of the conversion.
+            plane = self._reformatter.reformat(frame, format="rgb24", threads=1).planes[0]
+            rows = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)
+            target[...] = rows[:height, : width * 3].reshape(height, width, 3)
+        quarter_turns = round(first.rotation / 90) % 4
+        if quarter_turns:
+            clip = np.ascontiguousarray(np.rot90(clip, quarter_turns, axes=(1, 2)))
+        return clip
+
+
+def _nal_length_bytes(index: PacketIndex) -> int:
+    """Bytes of a NAL unit's length in the packets (ISO/IEC 14496-15); 0 where they are not H.264 in that form."""
+    extradata = index.decoder.extradata
+    if index.decoder.name != "h264" or extradata is None or len(extradata) < 7 or extradata[0] != 1:
+        return 0
+    return (extradata[4] & 3) + 1
+
+
+def _is_unreferenced(data: memoryview, length_bytes: int) -> bool:
+    """True where no other picture refers to this H.264 picture (nal_ref_idc is 0, ITU-T H.264 section 7.4.1).
+
+    Such a picture does not enter the decoded picture buffer's state, so leaving it out changes no other picture.
+    """
+    position, end = 0, len(data)
+    has_picture = False
+    while position + length_bytes < end:
+        size = int.from_bytes(data[position : position + length_bytes], "big")
+        header = data[position + length_bytes]
+        kind = header & 0x1F
+        if kind in (1, 2, 3, 4, 5):
+            if header & 0x60:
+                return False
+            has_picture = True
+        elif kind in (7, 8, 13, 15):  # parameter sets, which later pictures need
+            return False
+        position += length_bytes + size
+    return has_picture

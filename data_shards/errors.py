@@ -1,0 +1,25 @@
+"""The errors of `data_shards` that bad input causes: one line each, for a person to act on.
+
+What the machine did wrong (a full disk, a denied file) stays an `OSError` and is not wrapped here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class DataError(ValueError):
+    """Bad input in the data; the message says what, the value, where, and what to do next."""
+
+
+class ManifestError(DataError):
+    """A packed split that is absent, damaged, or does not match its shards."""
+
+
+class PackError(DataError):
+    """Videos that cannot be packed as asked.
+
+    `rejected` lists the `data_shards.pack.Rejected` rows, where single files were the cause.
+    """
+
+    rejected: tuple[Any, ...] = ()

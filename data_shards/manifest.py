@@ -1,0 +1,312 @@
+"""The manifest of a packed split: which samples there are, and where each one's bytes lie in the shards.
+
+A packed split is a folder of plain WebDataset tars (`shard-000000.tar`, ...) with two files beside them:
+`manifest.json` (format, classes, shards) and `samples.npy`, one row per sample, opened memory-mapped, so that
+a sample is read with one `pread` and a set of 10^9 samples costs no memory. The writer makes `samples.npy`
+durable first and `manifest.json` last: a folder with a `manifest.json` is whole.
+
+    manifest = open_manifest("packed/train")
+    row = manifest.samples[5]
+    with open(manifest.shard_path(5), "rb") as shard:
+        payload = os.pread(shard.fileno(), int(row["size"]), int(row["offset"]))
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_shards.durable import write_atomically
+from data_shards.errors import DataError, ManifestError
+
+__all__ = [
+    "FORMAT",
+    "MANIFEST_NAME",
+    "SAMPLES_NAME",
+    "VERSION",
+    "DataError",
+    "Manifest",
+    "ManifestError",
+    "Shard",
+    "open_manifest",
+    "samples_dtype",
+    "write_manifest",
+]
+
+FORMAT = "reelscale-manifest"
+VERSION = 1
+MANIFEST_NAME = "manifest.json"
+SAMPLES_NAME = "samples.npy"
+_PACK_AGAIN = "pack the set again with `reelscale pack`"
+
+
+def samples_dtype(key_bytes: int) -> np.dtype[np.void]:
+    """Row type of `samples.npy` for keys of at most `key_bytes` bytes; little-endian, no padding."""
+    return np.dtype(
+        [
+            ("shard", "<u4"),  # index into Manifest.shards
+            ("offset", "<u8"),  # bytes, of the video's payload in the tar
+            ("size", "<u8"),  # bytes of the payload
+            ("crc32", "<u4"),  # zlib.crc32 of the payload
+            ("label", "<i4"),  # index into Manifest.classes
+            ("num_frames", "<u4"),
+            ("width", "<u2"),  # pixels, as decoded and upright
+            ("height", "<u2"),
+            ("fps", "<f4"),  # average frames per second
+            ("key", f"S{max(1, key_bytes)}"),
+        ]
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One tar of a split."""
+
+    name: str
+    """File name in the split's folder."""
+    num_samples: int
+    """Samples in the tar."""
+    num_bytes: int
+    """Size of the tar in bytes."""
+    first_sample: int
+    """Sample id of its first sample; a shard's samples are consecutive."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Manifest:
+    """A packed split, opened: sample ids are 0 ... len(manifest) - 1.
+
+    Pickling carries the folder only; the other process maps `samples.npy` itself.
+    """
+
+    root: Path
+    """Folder of the split."""
+    split: str
+    """Name of the split: "train", "val", "test"."""
+    classes: tuple[str, ...]
+    """Class names verbatim, sorted; the same in every split of a set. A label indexes them."""
+    shards: tuple[Shard, ...]
+    """The tars, in order of their first sample."""
+    samples: np.ndarray[Any, np.dtype[np.void]]
+    """Rows of `samples_dtype`, memory-mapped and read-only."""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open_unchecked, (self.root,)
+
+    def key(self, sample_id: int) -> str:
+        """Key of a sample: the name of its tar members before the first dot."""
+        return bytes(self.samples["key"][sample_id]).decode()
+
+    def class_name(self, label: int) -> str:
+        """Class name of a label."""
+        if not 0 <= label < len(self.classes):
+            raise ValueError(f"no class with label {label} in {self.root}: labels are 0 to {len(self.classes) - 1}")
+        return self.classes[label]
+
+    def shard_path(self, sample_id: int) -> Path:
+        """Path of the tar that holds a sample."""
+        return self.root / self.shards[self.samples["shard"][sample_id]].name
+
+    def describe(self, sample_id: int) -> str:
+        """ "shard-000003.tar:KEY", for messages about a sample."""
+        return f"{self.shard_path(sample_id).name}:{self.key(sample_id)}"
+
+
+def open_manifest(folder: str | os.PathLike[str], *, check_shards: bool = True) -> Manifest:
+    """Open the packed split in `folder`.
+
+    With `check_shards` the checksum of `samples.npy` and the presence and size of each tar are checked too
+    (no tar is read); turn it off in the worker processes of a process that has checked.
+
+    Raises:
+        ManifestError: one line, if the folder is absent, is no packed split, or is damaged, or if a shard is
+            missing or its size is not the manifest's.
+    """
+    root = Path(folder)
+    header = _read_header(root)
+    shards = _shards_of(root, header)
+    samples = _map_samples(root, header)
+    if check_shards:
+        _check_samples(root, header, shards, samples)
+        _check_shard_files(root, shards)
+    return Manifest(root=root, split=header["split"], classes=tuple(header["classes"]), shards=shards, samples=samples)
+
+
+def write_manifest(
+    folder: str | os.PathLike[str],
+    *,
+    split: str,
+    classes: Sequence[str],
+    shards: Sequence[Shard],
+    samples: np.ndarray[Any, np.dtype[np.void]],
+) -> None:
+    """Write `samples.npy` and then `manifest.json` into `folder`, each aside, fsynced and renamed.
+
+    `samples` has the fields of `samples_dtype`, in the order of the shards; the tars themselves must be
+    durable already.
+    """
+    root = Path(folder)
+    assert len(samples) > 0, "a split without samples is not written"
+    assert samples.dtype == samples_dtype(samples.dtype["key"].itemsize), samples.dtype
+    assert [shard.first_sample for shard in shards] == _first_samples(shards), shards
+    assert sum(shard.num_samples for shard in shards) == len(samples), (shards, len(samples))
+    assert samples["label"].min() >= 0, samples["label"].min()
+    assert samples["label"].max() < len(classes), (samples["label"].max(), classes)
+    partial = root / (SAMPLES_NAME + ".partial")
+    with partial.open("wb") as file:
+        np.save(file, samples, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(root / SAMPLES_NAME)
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "split": split,
+        "classes": list(classes),
+        "num_samples": len(samples),
+        "shards": [asdict(shard) for shard in shards],
+        "samples_crc32": _crc32_of_file(root / SAMPLES_NAME),
+        "created_by": _created_by(),
+    }
+    write_atomically(root / MANIFEST_NAME, (json.dumps(header, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _open_unchecked(root: Path) -> Manifest:
+    return open_manifest(root, check_shards=False)
+
+
+def _created_by() -> str:
+    try:
+        return f"reelscale {version('reelscale')}"
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "reelscale"
+
+
+def _first_samples(shards: Sequence[Shard]) -> list[int]:
+    counts = [0, *(shard.num_samples for shard in shards)]
+    return np.cumsum(counts)[:-1].tolist()
+
+
+def _read_header(root: Path) -> dict[str, Any]:
+    path = root / MANIFEST_NAME
+    if not root.is_dir():
+        what = "is not a folder" if root.exists() else "does not exist"
+        raise ManifestError(f"{root} {what}; give the folder of a packed split, such as DST/train")
+    if not path.is_file():
+        splits = sorted(found.parent.name for found in root.glob(f"*/{MANIFEST_NAME}"))
+        hint = f"it holds the splits {', '.join(splits)}: give one of them" if splits else _PACK_AGAIN
+        raise ManifestError(f"{root} is not a packed split (it has no {MANIFEST_NAME}); {hint}")
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ManifestError(f"{path} is damaged ({error}); {_PACK_AGAIN}") from None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ManifestError(f'{path} is not a manifest of reelscale (no "format": "{FORMAT}"); {_PACK_AGAIN}')
+    if header.get("version") != VERSION:
+        raise ManifestError(
+            f"{path} has version {header.get('version')!r}, this reelscale reads version {VERSION}; "
+            f"update reelscale, or {_PACK_AGAIN}"
+        )
+    kinds = {"split": str, "classes": list, "num_samples": int, "shards": list, "samples_crc32": int}
+    for name, kind in kinds.items():
+        value = header.get(name)
+        if not isinstance(value, kind):
+            raise ManifestError(f'{path} is damaged ("{name}" is {value!r:.60}, not {kind.__name__}); {_PACK_AGAIN}')
+    if not all(isinstance(name, str) for name in header["classes"]):
+        raise ManifestError(f'{path} is damaged ("classes" holds what is not a string); {_PACK_AGAIN}')
+    return header
+
+
+def _shards_of(root: Path, header: dict[str, Any]) -> tuple[Shard, ...]:
+    path = root / MANIFEST_NAME
+    shards = []
+    for index, fields in enumerate(header["shards"]):
+        try:
+            shard = Shard(**fields)
+        except TypeError as error:
+            raise ManifestError(f"{path} is damaged (shard {index}: {error}); {_PACK_AGAIN}") from None
+        numbers = (shard.num_samples, shard.num_bytes, shard.first_sample)
+        if not isinstance(shard.name, str) or not all(type(number) is int for number in numbers):
+            raise ManifestError(f"{path} is damaged (shard {index} is {fields!r:.120}); {_PACK_AGAIN}")
+        shards.append(shard)
+    total = sum(shard.num_samples for shard in shards)
+    if total != header["num_samples"] or [shard.first_sample for shard in shards] != _first_samples(shards):
+        raise ManifestError(
+            f"{path} is damaged (its {len(shards)} shards count {total} samples, "
+            f'"num_samples" is {header["num_samples"]}); {_PACK_AGAIN}'
+        )
+    return tuple(shards)
+
+
+def _map_samples(root: Path, header: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.void]]:
+    path = root / SAMPLES_NAME
+    if not path.is_file():
+        raise ManifestError(f"{path} is missing; {_PACK_AGAIN}")
+    try:
+        mapped = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ManifestError(f"{path} is damaged or cut ({reason}); {_PACK_AGAIN}") from None
+    fields: Any = mapped.dtype.fields or {}
+    key_type = fields["key"][0] if "key" in fields else None
+    if mapped.ndim != 1 or key_type is None or mapped.dtype != samples_dtype(key_type.itemsize):
+        raise ManifestError(f"{path} does not hold the fields of a manifest ({mapped.dtype}); {_PACK_AGAIN}")
+    if len(mapped) != header["num_samples"]:
+        raise ManifestError(
+            f"{path} holds {len(mapped)} samples, {MANIFEST_NAME} says {header['num_samples']}; {_PACK_AGAIN}"
+        )
+    return mapped.view(np.ndarray)  # still mapped and read-only; rows are cheaper to take than a memmap's
+
+
+def _check_samples(
+    root: Path, header: dict[str, Any], shards: tuple[Shard, ...], samples: np.ndarray[Any, np.dtype[np.void]]
+) -> None:
+    path = root / SAMPLES_NAME
+    found = _crc32_of_file(path)
+    if found != header["samples_crc32"]:
+        raise ManifestError(
+            f"{path} does not belong to its {MANIFEST_NAME}, or is damaged "
+            f"(crc32 {found}, expected {header['samples_crc32']}); {_PACK_AGAIN}"
+        )
+    ends = np.array([shard.num_bytes for shard in shards], np.uint64)
+    whole = bool((samples["label"] >= 0).all() and (samples["label"] < len(header["classes"])).all())
+    counts = [shard.num_samples for shard in shards]
+    whole = whole and bool((samples["shard"] == np.repeat(np.arange(len(shards)), counts)).all())
+    whole = whole and bool((samples["offset"] + samples["size"] <= ends[samples["shard"]]).all())
+    if not whole:
+        raise ManifestError(
+            f"{path} names a label, a shard or an offset that {MANIFEST_NAME} does not have; {_PACK_AGAIN}"
+        )
+
+
+def _check_shard_files(root: Path, shards: tuple[Shard, ...]) -> None:
+    for shard in shards:
+        path = root / shard.name
+        try:
+            num_bytes = path.stat().st_size
+        except FileNotFoundError:
+            raise ManifestError(f"{path} is missing, {MANIFEST_NAME} names it; {_PACK_AGAIN}") from None
+        if num_bytes != shard.num_bytes:
+            raise ManifestError(
+                f"{path} has {num_bytes} bytes, {MANIFEST_NAME} says {shard.num_bytes}: "
+                f"the tar was cut or replaced; copy it again, or {_PACK_AGAIN}"
+            )
+
+
+def _crc32_of_file(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc
