@@ -1,0 +1,117 @@
+"""`--nproc N`: N processes of this command on this machine, supervised by the one that the user started."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from launch.errors import Failure, read_failures
+
+FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+FAILURES_FOLDER = "REELSCALE_FAILURES"
+GRACE_SECONDS = 10.0
+
+
+def run_local(arguments: Sequence[str], *, num_processes: int, logs: Path) -> Failure | None:
+    """Runs `reelscale ARGUMENTS` as `num_processes` ranks and waits for all of them.
+
+    Rank 0 writes to this terminal, every other rank to `logs/rank_00001.log`. When one fails, the others get
+    `GRACE_SECONDS` to end by themselves and are then killed; nothing is left running.
+
+    Returns:
+        None when all ended well, else the failure that came first.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    key = uuid.uuid4().hex
+    with TemporaryDirectory(prefix="reelscale-") as failures:
+        processes = []
+        for rank in range(num_processes):
+            environ = _environment(rank, num_processes, key, failures)
+            output = None if rank == 0 else (logs / f"rank_{rank:05d}.log").open("ab")
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-P", "-m", "launch.entry", *arguments],
+                    env=environ,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT if output else None,
+                )
+            )
+            if output:
+                output.close()
+        _forward_signals(processes)
+        first = _wait(processes)
+        if first is None:
+            return None
+        return _earliest(Path(failures), first, processes[first].returncode, logs)
+
+
+def die_with_parent() -> None:
+    """Asks the kernel to end this process when the supervising one dies (Linux; elsewhere nothing)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _environment(rank: int, num_processes: int, key: str, failures: str) -> dict[str, str]:
+    threads = max((os.cpu_count() or 1) // num_processes, 1)
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+        "REELSCALE_LAUNCHER": "local",
+        "REELSCALE_JOB_KEY": key,
+        FAILURES_FOLDER: failures,
+    }
+
+
+def _forward_signals(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    def forward(number: int, _: object) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    for number in FORWARDED_SIGNALS:
+        signal.signal(number, forward)
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """Waits for all; the index of the first that failed, or None."""
+    first: int | None = None
+    deadline = float("inf")
+    while any(process.poll() is None for process in processes):
+        failed = [index for index, process in enumerate(processes) if process.poll() not in (None, 0)]
+        if failed and first is None:
+            first, deadline = failed[0], time.monotonic() + GRACE_SECONDS
+        if time.monotonic() > deadline:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+        time.sleep(0.02)
+    if first is None:
+        first = next((index for index, process in enumerate(processes) if process.returncode), None)
+    return first
+
+
+def _earliest(folder: Path, rank: int, code: int, logs: Path) -> Failure:
+    """What went wrong first: a rank's own words where it left any, else how it died."""
+    told = read_failures(folder)
+    if code < 0:  # killed: it left no words, and what the others say is a consequence
+        name = signal.Signals(-code).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        log = f"; see {logs / f'rank_{rank:05d}.log'}" if rank else ""
+        return Failure(exit_code=128 - code, message=f"rank {rank} was killed by {name}{hint}{log}", rank=rank)
+    causes = [failure for failure in told if not failure.consequence] or told
+    if causes:
+        return causes[0]
+    return Failure(exit_code=code, message=f"rank {rank} ended with exit code {code}; see {logs}", rank=rank)

@@ -1,0 +1,277 @@
+"""One rank's training run: wires data, model, engine and monitors together, and runs the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_shards.loader import ClipLoader
+from data_shards.manifest import Manifest, open_manifest
+from dist_train.batch_norm import apply_batch_norm_mode
+from dist_train.checkpoint import load_latest
+from dist_train.collectives import Collectives
+from dist_train.journal import Journal
+from dist_train.ledger import NullLedger, start_ledger
+from dist_train.ledger.recorder import Recorder
+from dist_train.ledger.rows import LOGGING
+from dist_train.loop import Outcome, Run, steps_left, train
+from dist_train.optimizers import make_sgd
+from dist_train.schedules import linear_scaled
+from dist_train.strategies import make_strategy
+from dist_train.tasks.video_classification import VideoClassification
+from dist_train.world import World
+from launch import run_folder
+from launch.config import Experiment, to_plain
+from launch.console import ProgressLine
+from launch.model import make_model
+from launch.monitors import ConsoleMonitor, MetricsFile, WandbMonitor
+from launch.placement import Placement
+from launch.rendezvous import process_group
+from launch.stopping import StopRequest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """The opened training and evaluation splits of an experiment."""
+
+    training: Manifest
+    evaluation: Manifest
+
+
+def open_splits(experiment: Experiment) -> Splits:
+    """Opens and checks both splits; ValueError when one is missing or damaged, or their classes differ."""
+    data = experiment.data
+    if not data.root.is_dir():
+        raise ValueError(f"--data.root {data.root} is not a folder: pack one with `reelscale pack SRC {data.root}`")
+    splits = Splits(
+        training=open_manifest(data.root / data.train_split),
+        evaluation=open_manifest(data.root / data.evaluation_split),
+    )
+    if splits.training.classes != splits.evaluation.classes:
+        raise ValueError(f"the splits of {data.root} have different classes: pack them in one go")
+    if len(splits.training) < experiment.training.batch_clips:
+        raise ValueError(
+            f"training.batch_clips is {experiment.training.batch_clips} but {data.root / data.train_split} has "
+            f"{len(splits.training)} samples: use a smaller batch"
+        )
+    return splits
+
+
+@contextmanager
+def running_ledger(experiment: Experiment, run_dir: Path, attempt: int, collectives: Collectives) -> Iterator[Recorder]:
+    """This rank's ledger, ended with how the block ended."""
+    world = collectives.world
+    if experiment.monitor.ledger == "off":
+        yield NullLedger()
+        return
+    identity = {
+        "attempt": attempt,
+        "rank": world.rank,
+        "world_size": world.world_size,
+        "local_rank": world.local_rank,
+        "node_rank": world.node_rank,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "device": str(world.device),
+        "launcher": world.launcher,
+    }
+    offset = collectives.clock_offset_seconds()
+    ledger = start_ledger(run_dir, device=world.device, identity=identity, clock_offset=offset)
+    try:
+        yield ledger
+    except BaseException:
+        ledger.end("error")
+        raise
+
+
+def run_rank(
+    experiment: Experiment,
+    *,
+    run_dir: Path,
+    resume: bool,
+    world: World,
+    placement: Placement,
+    on_step: Callable[[int], None] | None = None,
+) -> Outcome:
+    """Trains `experiment` as one rank of `world`. The same on every rank; only rank 0 writes shared files."""
+    with ExitStack() as stack:
+        stack.enter_context(process_group(world, placement))
+        collectives = Collectives(world)
+        splits = collectives.together(lambda: open_splits(experiment))
+        attempt, run_id = _claim(experiment, run_dir, resume, collectives, splits)
+        ledger = stack.enter_context(running_ledger(experiment, run_dir, attempt, collectives))
+        collectives.ledger = ledger
+        stop = stack.enter_context(StopRequest())
+        outcome = _train(experiment, splits, collectives, run_dir, attempt, run_id, resume, stop, on_step)
+        ledger.end("preempted" if outcome.stopped else "ok")
+        collectives.ledger = NullLedger()
+        collectives.barrier()  # every rank's ledger is whole before anybody reads them
+    return outcome
+
+
+def _claim(
+    experiment: Experiment, run_dir: Path, resume: bool, collectives: Collectives, splits: Splits
+) -> tuple[int, str]:
+    """Rank 0 claims the run folder; every rank learns the attempt and the run's id, or the reason against it."""
+
+    def claim() -> tuple[int, str] | None:
+        if not collectives.world.is_first:
+            return None
+        description = _description(experiment, collectives.world, splits)
+        return run_folder.claim(run_dir, resume=resume, description=description)
+
+    return collectives.broadcast_object(collectives.together(claim))
+
+
+def _description(experiment: Experiment, world: World, splits: Splits) -> dict[str, Any]:
+    training = experiment.training
+    return {
+        "experiment": experiment.name,
+        "config": to_plain(experiment),
+        "versions": run_folder.versions(),
+        "git_revision": run_folder.git_revision(),
+        "world": {
+            "world_size": world.world_size,
+            "num_nodes": world.num_nodes,
+            "device": str(world.device),
+            "launcher": world.launcher,
+        },
+        "classes": list(splits.training.classes),
+        "num_training_samples": len(splits.training),
+        "num_evaluation_samples": len(splits.evaluation),
+        "clips_per_rank": training.batch_clips // world.world_size,
+    }
+
+
+def _train(
+    experiment: Experiment,
+    splits: Splits,
+    collectives: Collectives,
+    run_dir: Path,
+    attempt: int,
+    run_id: str,
+    resume: bool,
+    stop: StopRequest,
+    on_step: Callable[[int], None] | None,
+) -> Outcome:
+    world, training, data, ledger = collectives.world, experiment.training, experiment.data, collectives.ledger
+    torch.manual_seed(training.seed)
+    torch.use_deterministic_algorithms(training.deterministic)
+    torch.backends.cudnn.benchmark = not training.deterministic
+    start = load_latest(run_dir, collectives=collectives) if resume else None
+
+    model = make_model(experiment.model, num_classes=len(splits.training.classes), num_segments=data.clip.num_segments)
+    layout = torch.channels_last if training.channels_last else torch.contiguous_format
+    model = model.to(device=world.device, memory_format=layout)  # type: ignore[call-overload]
+    apply_batch_norm_mode(model, training.batch_norm, collectives)
+    optimizer = make_sgd(
+        experiment.optimizer,
+        model,
+        learning_rate=linear_scaled(
+            experiment.optimizer.base_learning_rate, experiment.optimizer.base_batch_clips, training.batch_clips
+        ),
+    )
+    task = VideoClassification(model, optimizer, label_smoothing=training.label_smoothing)
+    begin = start.clips_seen if start else 0
+    steps = (start.step if start else 0) + steps_left(
+        num_samples=len(splits.training), epochs=training.epochs, batch_clips=training.batch_clips, clips_seen=begin
+    )
+    with ExitStack() as stack:
+        loaders = [
+            ClipLoader(
+                manifest,
+                clip=data.clip,
+                loader=data.loader,
+                seed=training.seed,
+                training=is_training,
+                rank=world.rank,
+                world_size=world.world_size,
+                global_batch_clips=training.batch_clips,
+                micro_batches=training.micro_batches,
+                pin_memory=world.device.type == "cuda",
+            )
+            for manifest, is_training in ((splits.training, True), (splits.evaluation, False))
+        ]
+        for loader in loaders:
+            stack.callback(loader.close)
+        progress = stack.enter_context(ProgressLine(experiment.name, unit="steps", shown=world.is_first))
+        monitors = _monitors(experiment, run_dir, run_id, world, progress, stack)
+        journal = None
+        if experiment.monitor.journal == "on":
+            journal = Journal(run_dir, rank=world.rank, attempt=attempt, start=begin)
+            stack.callback(journal.close)
+
+        def after_step(step: int) -> None:
+            progress.update(step, steps)
+            if on_step is not None:
+                on_step(step)
+
+        outcome = train(
+            Run(
+                task=task,
+                loader=loaders[0],
+                evaluation_loader=loaders[1],
+                collectives=collectives,
+                strategy=make_strategy(training.strategy, collectives, bucket_megabytes=training.bucket_megabytes),
+                ledger=ledger,
+                journal=journal,
+                monitors=monitors,
+                run_dir=run_dir,
+                attempt=attempt,
+                training=training,
+                schedule=experiment.schedule,
+                warmup_start_factor=min(experiment.optimizer.base_batch_clips / training.batch_clips, 1.0),
+                checkpoint=experiment.checkpoint,
+                checkpoint_meta={"experiment": experiment.name, "run_id": run_id, "world_size": world.world_size},
+                evaluation_split=data.evaluation_split,
+                stop_requested=stop,
+                on_step=after_step,
+            ),
+            start,
+        )
+        with ledger.row(LOGGING, absorb=True):
+            if world.is_first and outcome.predictions:
+                _write_predictions(run_dir, splits.evaluation, outcome)
+            stack.close()
+    return outcome
+
+
+def _monitors(
+    experiment: Experiment, run_dir: Path, run_id: str, world: World, progress: ProgressLine, stack: ExitStack
+) -> list[Any]:
+    if not world.is_first:
+        return []
+    monitors: list[Any] = [MetricsFile(run_dir), ConsoleMonitor(progress)]
+    if experiment.monitor.wandb != "off":
+        wandb = WandbMonitor(
+            run_dir, experiment.monitor, run_id=run_id, name=run_dir.name, settings=to_plain(experiment)
+        )
+        stack.callback(wandb.close)
+        monitors.append(wandb)
+    return monitors
+
+
+def _write_predictions(run_dir: Path, manifest: Manifest, outcome: Outcome) -> None:
+    content = {
+        "split": manifest.split,
+        "classes": list(manifest.classes),
+        "samples": [
+            {**dataclasses.asdict(prediction), "key": manifest.key(prediction.sample_id)}
+            for prediction in outcome.predictions
+        ],
+    }
+    aside = run_dir / "predictions.partial"
+    aside.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    aside.replace(run_dir / "predictions.json")
