@@ -49,7 +49,7 @@ def evaluate(
             totals[name] = totals.get(name, torch.zeros((), device=device, dtype=torch.float64)) + value.double()
         predictions.extend(found)
         if on_batch is not None:
-            on_batch(batch.num_clips)
+            on_batch(len(batch))
     for layers in training.values():
         for layer in layers:
             layer.training = True

@@ -44,8 +44,7 @@ class ToyBatch:
     def num_bytes(self) -> int:
         return self.clips.numel()
 
-    @property
-    def num_clips(self) -> int:
+    def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> ToyBatch:
