@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from data_shards.pack import PackConfig, pack
 from rich.table import Table
 
 from data_shards.motion import MotionConfig, make_motion_dataset
+from data_shards.pack import PackConfig, pack
 from launch.cli import say
 from launch.console import ProgressLine, console
 from launch.local import run_local
