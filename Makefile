@@ -4,13 +4,21 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 
-.PHONY: demo test check lint types wheel clean
+.PHONY: demo test test-cluster cluster-packages check lint types wheel clean
 
 demo: $(STAMP)
 	$(BIN)/reelscale demo demo
 
 test: $(STAMP)
-	$(BIN)/python -P -m pytest
+	$(BIN)/python -P -m pytest --ignore=tests/cluster
+
+# Real SLURM, from Debian's packages; needs root, installs no service and leaves nothing running.
+test-cluster: $(STAMP)
+	$(BIN)/python -P -m pytest tests/cluster
+
+cluster-packages:
+	apt-get update -q
+	apt-get install -q -y --no-install-recommends slurmctld slurmd slurm-client slurm-wlm-basic-plugins
 
 check: lint types test wheel
 

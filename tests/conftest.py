@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from tests.launch.commands import reelscale, succeeded
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
@@ -22,13 +24,44 @@ def tennis7() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def motion_clips(tmp_path_factory) -> Path:
+    """120 clips at 32 pixels as `reelscale make-data` writes them."""
+    folder = tmp_path_factory.mktemp("motion") / "clips"
+    succeeded(reelscale("make-data", "motion", folder, "--num-clips", 120, "--size", 32))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def motion_shards(motion_clips) -> Path:
+    """The same, packed."""
+    folder = motion_clips.parent / "shards"
+    succeeded(reelscale("pack", motion_clips, folder))
+    return folder
+
+
+@pytest.fixture
+def small(motion_shards) -> list[str]:
+    """Flags that make `motion_tsm` a run of seconds."""
+    return [
+        f"--data.root={motion_shards}",
+        "--data.clip.crop-size=32",
+        "--data.clip.short-side=32",
+        "--data.clip.num-segments=4",
+        "--model.width=8",
+        "--training.batch-clips=12",
+        "--training.epochs=2",
+        "--training.log-every-steps=2",
+    ]
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
     """Fails a test that leaves changed environment variables, a process group, or running threads."""
     environ, threads = dict(os.environ), set(threading.enumerate())
     yield
     changed = {key for key in environ.keys() | os.environ.keys() if environ.get(key) != os.environ.get(key)}
-    changed.discard("PYTEST_CURRENT_TEST")
+    changed -= {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}  # the latter is set by PyTorch's compiler on import
     assert not changed, f"environment variables changed: {sorted(changed)}"
     assert not dist.is_initialized(), "a process group was left behind"
     left = [t for t in threading.enumerate() if t not in threads and t.is_alive() and not t.daemon]
