@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from data_shards.loader import ClipLoader
 from data_shards.manifest import Manifest, open_manifest
 from dist_train.batch_norm import apply_batch_norm_mode
-from dist_train.checkpoint import load_latest
+from dist_train.checkpoint import Checkpoint, load_latest
 from dist_train.collectives import Collectives
 from dist_train.journal import Journal
 from dist_train.ledger import NullLedger, start_ledger
@@ -103,7 +103,6 @@ def run_rank(
     resume: bool,
     world: World,
     placement: Placement,
-    on_step: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Trains `experiment` as one rank of `world`. The same on every rank; only rank 0 writes shared files."""
     with ExitStack() as stack:
@@ -114,7 +113,17 @@ def run_rank(
         ledger = stack.enter_context(running_ledger(experiment, run_dir, attempt, collectives))
         collectives.ledger = ledger
         stop = stack.enter_context(StopRequest())
-        outcome = _train(experiment, splits, collectives, run_dir, attempt, run_id, resume, stop, on_step)
+        torch.manual_seed(experiment.training.seed)
+        torch.use_deterministic_algorithms(experiment.training.deterministic)
+        torch.backends.cudnn.benchmark = not experiment.training.deterministic
+        start = load_latest(run_dir, collectives=collectives) if resume else None
+        with ExitStack() as parts:
+            run = _assemble(experiment, splits, collectives, run_dir, attempt, run_id, start, parts)
+            outcome = train(dataclasses.replace(run, stop_requested=stop), start)
+            with ledger.row(LOGGING, absorb=True):
+                if world.is_first and outcome.predictions:
+                    _write_predictions(run_dir, splits.evaluation, outcome)
+                parts.close()  # workers end, monitors write what they hold
         ledger.end("preempted" if outcome.stopped else "ok")
         collectives.ledger = NullLedger()
         collectives.barrier()  # every rank's ledger is whole before anybody reads them
@@ -155,110 +164,95 @@ def _description(experiment: Experiment, world: World, splits: Splits) -> dict[s
     }
 
 
-def _train(
+def _assemble(
     experiment: Experiment,
     splits: Splits,
     collectives: Collectives,
     run_dir: Path,
     attempt: int,
     run_id: str,
-    resume: bool,
-    stop: StopRequest,
-    on_step: Callable[[int], None] | None,
-) -> Outcome:
-    world, training, data, ledger = collectives.world, experiment.training, experiment.data, collectives.ledger
-    torch.manual_seed(training.seed)
-    torch.use_deterministic_algorithms(training.deterministic)
-    torch.backends.cudnn.benchmark = not training.deterministic
-    start = load_latest(run_dir, collectives=collectives) if resume else None
-
-    model = make_model(experiment.model, num_classes=len(splits.training.classes), num_segments=data.clip.num_segments)
-    layout = torch.channels_last if training.channels_last else torch.contiguous_format
-    model = model.to(device=world.device, memory_format=layout)  # type: ignore[call-overload]
-    apply_batch_norm_mode(model, training.batch_norm, collectives)
-    optimizer = make_sgd(
-        experiment.optimizer,
-        model,
-        learning_rate=linear_scaled(
-            experiment.optimizer.base_learning_rate, experiment.optimizer.base_batch_clips, training.batch_clips
-        ),
-    )
-    task = VideoClassification(model, optimizer, label_smoothing=training.label_smoothing)
+    start: Checkpoint | None,
+    parts: ExitStack,
+) -> Run:
+    """Everything that the loop works with; `parts` closes what has to be closed."""
+    world, training = collectives.world, experiment.training
+    loader = _loader(experiment, splits.training, world, training=True)
+    evaluation_loader = _loader(experiment, splits.evaluation, world, training=False)
+    parts.callback(loader.close)
+    parts.callback(evaluation_loader.close)
     begin = start.clips_seen if start else 0
-    steps = (start.step if start else 0) + steps_left(
+    left = steps_left(
         num_samples=len(splits.training), epochs=training.epochs, batch_clips=training.batch_clips, clips_seen=begin
     )
-    with ExitStack() as stack:
-        loaders = [
-            ClipLoader(
-                manifest,
-                clip=data.clip,
-                loader=data.loader,
-                seed=training.seed,
-                training=is_training,
-                rank=world.rank,
-                world_size=world.world_size,
-                global_batch_clips=training.batch_clips,
-                micro_batches=training.micro_batches,
-                pin_memory=world.device.type == "cuda",
-            )
-            for manifest, is_training in ((splits.training, True), (splits.evaluation, False))
-        ]
-        for loader in loaders:
-            stack.callback(loader.close)
-        progress = stack.enter_context(ProgressLine(experiment.name, unit="steps", shown=world.is_first))
-        monitors = _monitors(experiment, run_dir, run_id, world, progress, stack)
-        journal = None
-        if experiment.monitor.journal == "on":
-            journal = Journal(run_dir, rank=world.rank, attempt=attempt, start=begin)
-            stack.callback(journal.close)
+    total = (start.step if start else 0) + left
+    progress = parts.enter_context(ProgressLine(experiment.name, unit="steps", shown=world.is_first))
+    monitors = _monitors(experiment, run_dir, run_id, progress, parts) if world.is_first else []
+    journal = None
+    if experiment.monitor.journal == "on":
+        journal = Journal(run_dir, rank=world.rank, attempt=attempt, start=begin)
+        parts.callback(journal.close)
+    return Run(
+        task=_task(experiment, splits, collectives),
+        loader=loader,
+        evaluation_loader=evaluation_loader,
+        collectives=collectives,
+        strategy=make_strategy(training.strategy, collectives, bucket_megabytes=training.bucket_megabytes),
+        ledger=collectives.ledger,
+        journal=journal,
+        monitors=monitors,
+        run_dir=run_dir,
+        attempt=attempt,
+        training=training,
+        schedule=experiment.schedule,
+        warmup_start_factor=min(experiment.optimizer.base_batch_clips / training.batch_clips, 1.0),
+        checkpoint=experiment.checkpoint,
+        checkpoint_meta={"experiment": experiment.name, "run_id": run_id, "world_size": world.world_size},
+        evaluation_split=experiment.data.evaluation_split,
+        on_step=lambda step: progress.update(step, total),
+    )
 
-        def after_step(step: int) -> None:
-            progress.update(step, steps)
-            if on_step is not None:
-                on_step(step)
 
-        outcome = train(
-            Run(
-                task=task,
-                loader=loaders[0],
-                evaluation_loader=loaders[1],
-                collectives=collectives,
-                strategy=make_strategy(training.strategy, collectives, bucket_megabytes=training.bucket_megabytes),
-                ledger=ledger,
-                journal=journal,
-                monitors=monitors,
-                run_dir=run_dir,
-                attempt=attempt,
-                training=training,
-                schedule=experiment.schedule,
-                warmup_start_factor=min(experiment.optimizer.base_batch_clips / training.batch_clips, 1.0),
-                checkpoint=experiment.checkpoint,
-                checkpoint_meta={"experiment": experiment.name, "run_id": run_id, "world_size": world.world_size},
-                evaluation_split=data.evaluation_split,
-                stop_requested=stop,
-                on_step=after_step,
-            ),
-            start,
-        )
-        with ledger.row(LOGGING, absorb=True):
-            if world.is_first and outcome.predictions:
-                _write_predictions(run_dir, splits.evaluation, outcome)
-            stack.close()
-    return outcome
+def _loader(experiment: Experiment, manifest: Manifest, world: World, *, training: bool) -> ClipLoader:
+    config = experiment.training
+    return ClipLoader(
+        manifest,
+        clip=experiment.data.clip,
+        loader=experiment.data.loader,
+        training=training,
+        rank=world.rank,
+        world_size=world.world_size,
+        global_batch_clips=config.batch_clips,
+        micro_batches=config.micro_batches,
+        seed=config.seed,
+        pin_memory=world.device.type == "cuda",
+    )
+
+
+def _task(experiment: Experiment, splits: Splits, collectives: Collectives) -> VideoClassification:
+    training, optimizer = experiment.training, experiment.optimizer
+    model = make_model(
+        experiment.model,
+        num_classes=len(splits.training.classes),
+        num_segments=experiment.data.clip.num_segments,
+    )
+    layout = torch.channels_last if training.channels_last else torch.contiguous_format
+    model = model.to(device=collectives.world.device, memory_format=layout)  # type: ignore[call-overload]
+    apply_batch_norm_mode(model, training.batch_norm, collectives)
+    peak = linear_scaled(optimizer.base_learning_rate, optimizer.base_batch_clips, training.batch_clips)
+    return VideoClassification(
+        model, make_sgd(optimizer, model, learning_rate=peak), label_smoothing=training.label_smoothing
+    )
 
 
 def _monitors(
-    experiment: Experiment, run_dir: Path, run_id: str, world: World, progress: ProgressLine, stack: ExitStack
+    experiment: Experiment, run_dir: Path, run_id: str, progress: ProgressLine, parts: ExitStack
 ) -> list[Any]:
-    if not world.is_first:
-        return []
     monitors: list[Any] = [MetricsFile(run_dir), ConsoleMonitor(progress)]
     if experiment.monitor.wandb != "off":
         wandb = WandbMonitor(
             run_dir, experiment.monitor, run_id=run_id, name=run_dir.name, settings=to_plain(experiment)
         )
-        stack.callback(wandb.close)
+        parts.callback(wandb.close)
         monitors.append(wandb)
     return monitors
 

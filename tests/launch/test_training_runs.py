@@ -88,6 +88,20 @@ def test_resumed_on_another_number_of_processes_the_samples_stay_exact(tmp_path,
         torch.testing.assert_close(moved_state[name], expected[name], rtol=0, atol=1e-5, msg=name)
 
 
+def test_twenty_steps_on_two_processes_are_those_of_one_with_the_whole_batch(tmp_path, small):
+    """TSM on real clips, for both strategies; the toy task of tests/dist_train adds synchronised batch norm."""
+    flags = ["--training.batch-norm=frozen", "--optimizer.base-learning-rate=0.02", "--training.epochs=2.6"]
+    succeeded(_train(tmp_path / "one", small, *flags))
+    expected = final_state(tmp_path / "one")
+    for strategy in ("allreduce", "ddp"):
+        folder = tmp_path / strategy
+        succeeded(_train(folder, small, *flags, f"--training.strategy={strategy}", nproc=2))
+        assert (folder / "checkpoints" / "latest").read_text() == "step_00000020\n"
+        for name, value in final_state(folder).items():
+            if not name.startswith("momentum."):
+                torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5, msg=f"{strategy}: {name}")
+
+
 def test_a_stop_request_saves_and_can_be_continued(tmp_path, small):
     process = start("train", "motion_tsm", *small, f"--run-dir={tmp_path / 'run'}", "--nproc=2", *QUICK, CHECKPOINTS)
     _wait_for_checkpoint(tmp_path / "run", process)
