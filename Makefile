@@ -1,6 +1,7 @@
 # The two commands of the README, and what a contributor runs before a commit.
 PYTHON ?= python3.11
 VENV   ?= .venv
+JOBS   ?= 2
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 
@@ -10,7 +11,7 @@ demo: $(STAMP)
 	$(BIN)/reelscale demo demo
 
 test: $(STAMP)
-	$(BIN)/python -P -m pytest --ignore=tests/cluster
+	$(BIN)/python -P -m pytest --ignore=tests/cluster --numprocesses=$(JOBS) --dist=worksteal
 
 # Real SLURM, from Debian's packages; needs root, installs no service and leaves nothing running.
 test-cluster: $(STAMP)

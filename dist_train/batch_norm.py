@@ -39,7 +39,7 @@ class SynchronizedBatchNorm(_BatchNorm):
     """BatchNorm with statistics over the micro-batches of all ranks (equal sizes on each rank).
 
     Takes `[B, C, ...]` of any rank of tensor. Parameters, buffers and `state_dict` keys are those of `nn.BatchNorm*d`.
-    One all-reduce of 2C values forward and one backward.
+    Two all-reduces of C values forward and two backward.
     """
 
     collectives: Collectives
@@ -74,19 +74,16 @@ class SynchronizedBatchNorm(_BatchNorm):
         shape = [1, -1] + [1] * (input.ndim - 2)
         dims = [0, *range(2, input.ndim)]
         values = input if input.dtype == torch.float64 else input.float()
-        # About a centre that all ranks share, so that E[x^2] - E[x]^2 does not cancel: the running mean is one.
-        centre = values.new_zeros(self.num_features) if self.running_mean is None else self.running_mean.to(values)
-        values = values - centre.clone().view(shape)
-        local = torch.cat([values.mean(dims), values.square().mean(dims)])
-        total = _SumOverRanks.apply(local, self.collectives) / self.collectives.world.world_size
-        mean, mean_square = total.chunk(2)
-        variance = mean_square - mean.square()
-        self._track(mean + centre, variance, input.numel() // input.shape[1] * self.collectives.world.world_size)
+        world_size = self.collectives.world.world_size
+        mean = _SumOverRanks.apply(values.mean(dims), self.collectives) / world_size
+        values = values - mean.view(shape)  # before squaring: E[x^2] - E[x]^2 would cancel
+        variance = _SumOverRanks.apply(values.square().mean(dims), self.collectives) / world_size
+        self._track(mean, variance, input.numel() // input.shape[1] * world_size)
         scale = torch.rsqrt(variance + self.eps)
-        shift = -mean * scale
         if self.affine:
-            scale, shift = scale * self.weight, shift * self.weight + self.bias
-        return (values * scale.view(shape) + shift.view(shape)).to(input.dtype)
+            scale = scale * self.weight
+        normalized = values * scale.view(shape)
+        return (normalized + self.bias.view(shape) if self.affine else normalized).to(input.dtype)
 
     @torch.no_grad()
     def _track(self, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:

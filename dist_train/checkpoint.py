@@ -80,11 +80,12 @@ class _CheckedFile:
         self._file, self.crc32, self.num_bytes = file, 0, 0
 
     def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        written = self._file.write(view)
+        rest = view = memoryview(data).cast("B")
+        while rest:  # one call may take less: Linux stops at 2 GiB, a full disk at what is left
+            rest = rest[self._file.write(rest) :]
         self.crc32 = zlib.crc32(view, self.crc32)
         self.num_bytes += len(view)
-        return written
+        return len(view)
 
     def flush(self) -> None:
         self._file.flush()
@@ -112,7 +113,7 @@ def save_checkpoint(
         try:
             _write(path, state, {"step": step, "clips_seen": clips_seen, **meta})
             _point_latest(folder, path.name)
-            _remove_old(folder, keep)
+            _remove_old(folder, keep, newest=path.name)
         except (OSError, RuntimeError) as error:
             problem = f"cannot save checkpoint {path}: {_reason(error)}"
     problem = collectives.broadcast_object(problem)
@@ -195,8 +196,12 @@ def _point_latest(folder: Path, name: str) -> None:
     _sync_folder(folder)
 
 
-def _remove_old(folder: Path, keep: int) -> None:
-    for path in _candidates(folder)[keep:]:
+def _remove_old(folder: Path, keep: int, *, newest: str) -> None:
+    """Keeps `newest` and the `keep - 1` before it. What claims a higher step is damaged: it would have been resumed."""
+    paths = _candidates(folder)
+    ahead = [path for path in paths if path.name > newest]
+    behind = [path for path in paths if path.name <= newest]
+    for path in [*ahead, *behind[keep:], *folder.glob(".step_*.partial")]:
         shutil.rmtree(path, ignore_errors=True)
 
 

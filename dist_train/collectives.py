@@ -28,6 +28,7 @@ class SharedError(ValueError):
     """An error of some rank that every rank raises alike, so that one of them can speak for all."""
 
     on_every_rank = True
+    exit_code = 2
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,19 @@ class _Told:
     """What a rank tells the others of its error (an exception itself may not travel)."""
 
     text: str
+    users_fault: bool
 
     @classmethod
     def of(cls, error: Exception, world: World) -> _Told:
         text = str(error)
         if isinstance(error, OSError) and error.strerror:
             text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        return cls(text if world.is_first else f"rank {world.rank}: {text}")
+        return cls(text if world.is_first else f"rank {world.rank}: {text}", isinstance(error, ValueError))
 
     def as_error(self) -> SharedError:
-        return SharedError(self.text)
+        error = SharedError(self.text)
+        error.exit_code = 2 if self.users_fault else 1
+        return error
 
 
 class Pending:
@@ -76,9 +80,19 @@ class Collectives:
         """Starts to sum `tensor` over the ranks, in place. None in a world of one process."""
         return self._start(tensor, dist.ReduceOp.SUM)
 
-    def start_mean_(self, tensor: torch.Tensor) -> Pending | None:
-        """Starts to average `tensor` over the ranks, in place: the sum, divided after the wait."""
-        return self._start(tensor, dist.ReduceOp.SUM, finish=lambda: tensor.div_(self.world.world_size))
+    def start_mean_(self, tensor: torch.Tensor, *, channel: Any = None) -> Pending | None:
+        """Starts to average `tensor` over the ranks, in place: the sum, divided after the wait.
+
+        `channel`, from `new_channel`, has an order of its own: what is started there need not be started at the
+        same place among the other collectives on every rank.
+        """
+        return self._start(
+            tensor, dist.ReduceOp.SUM, finish=lambda: tensor.div_(self.world.world_size), channel=channel
+        )
+
+    def new_channel(self) -> Any:
+        """A process group of all ranks for `start_mean_`; None in a world of one process. Every rank calls it."""
+        return None if self._alone else dist.new_group()
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums `tensor` over the ranks, in place, and returns it."""
@@ -129,15 +143,18 @@ class Collectives:
         return items[0]
 
     def together(self, action: Callable[[], T]) -> T:
-        """Runs `action` on every rank; where it raises ValueError or OSError on some rank, every rank raises that.
+        """Runs `action` on every rank; where it raises on some rank, every rank raises a `SharedError` of that reason.
 
         So a node that cannot see a file ends the whole job with its reason, said once, and nobody waits for it.
+        A world of one process has nobody to tell: the error is raised as it is.
         """
+        if self._alone:
+            return action()
         result: T | None = None
         problem: Exception | None = None
         try:
             result = action()
-        except (ValueError, OSError) as error:
+        except Exception as error:
             problem = error
         told = self.broadcast_object(self.gather_objects(None if problem is None else _Told.of(problem, self.world)))
         for failure in told:
@@ -161,11 +178,13 @@ class Collectives:
             differences.append(mine - float(first))
         return sorted(differences)[rounds // 2]
 
-    def _start(self, tensor: torch.Tensor, op: Any, finish: Callable[[], Any] | None = None) -> Pending | None:
+    def _start(
+        self, tensor: torch.Tensor, op: Any, finish: Callable[[], Any] | None = None, channel: Any = None
+    ) -> Pending | None:
         if self._alone:
             return None
         self._count(tensor)
-        return Pending(dist.all_reduce(tensor, op, async_op=True), self.ledger, finish)
+        return Pending(dist.all_reduce(tensor, op, group=channel, async_op=True), self.ledger, finish)
 
     def _finish(self, pending: Pending | None, tensor: torch.Tensor) -> torch.Tensor:
         if pending is not None:

@@ -55,6 +55,8 @@ def evaluate(
             layer.training = True
 
     names = sorted({name for part in _everywhere(collectives, sorted(totals)) for name in part})
+    if not names:
+        raise ValueError("evaluation saw no sample: the split is empty")
     values = torch.stack([totals.get(name, torch.zeros((), device=device, dtype=torch.float64)) for name in names])
     collectives.sum_(values)
     summary = task.summarize(dict(zip(names, values.tolist(), strict=True)))

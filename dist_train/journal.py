@@ -32,6 +32,10 @@ class Journal:
         """Hands the lines to the operating system: they survive this process's death."""
         self._lines.flush()
 
+    def sync(self) -> None:
+        """Puts the lines on the disk: they survive the machine's death."""
+        self._lines.sync()
+
     def close(self) -> None:
         """Flushes and closes; later calls do nothing."""
         self._lines.close()

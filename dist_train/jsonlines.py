@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ class JsonLines:
     def flush(self) -> None:
         """Hands what was written to the operating system: it survives this process's death."""
         self._file.flush()
+
+    def sync(self) -> None:
+        """Puts what was written on the disk: it survives the machine's death."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flushes and closes; later calls do nothing."""

@@ -22,7 +22,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -87,8 +87,8 @@ class TrainingConfig:
         for name in ("batch_clips", "micro_batches", "log_every_steps"):
             if getattr(self, name) < 1:
                 found.append(f"training.{name} is {getattr(self, name)}: use 1 or more")
-        if not self.epochs > 0:
-            found.append(f"training.epochs is {self.epochs}: use a positive number")
+        if not 0 < self.epochs < math.inf:
+            found.append(f"training.epochs is {self.epochs}: use a positive, finite number")
         for name in ("clip_gradient_norm", "ema_half_life_clips", "evaluate_every_epochs"):
             if getattr(self, name) < 0:
                 found.append(f"training.{name} is {getattr(self, name)}: use 0 or more")
@@ -160,7 +160,8 @@ def train(run: Run, start: checkpoints.Checkpoint | None = None) -> Outcome:
 
 def steps_left(*, num_samples: int, epochs: float, batch_clips: int, clips_seen: int = 0) -> int:
     """Updates still to do: the last global batch may reach past the last epoch, so that it is full."""
-    return max(math.ceil((num_samples * epochs - clips_seen) / batch_clips), 0)
+    # The small term keeps a product that should be whole from counting as one batch more.
+    return max(math.ceil((num_samples * epochs - clips_seen) / batch_clips - 1e-9), 0)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -211,11 +212,12 @@ class _Loop:
             run.ledger.close_span("step", step=progress.step, clips_seen=progress.clips_seen)
             run.on_step(progress.step)
             last = progress.clips_seen >= self.total_clips
-            if last or progress.step % self.config.log_every_steps == 0:
+            saving = last or self._crossed(run.checkpoint.every_epochs)
+            if saving or progress.step % self.config.log_every_steps == 0:  # a diverged model is never saved
                 stopped = self._log() and not last
             if last or self._crossed(self.config.evaluate_every_epochs):
                 evaluation, predictions = self._evaluate()
-            if last or stopped or self._crossed(run.checkpoint.every_epochs):
+            if saving or stopped:
                 self._save()
         return Outcome(
             step=progress.step,
@@ -271,7 +273,9 @@ class _Loop:
                 self.buffers.start()
             with ledger.row(rows.BACKWARD):
                 loss.backward()
-        for name, value in found.items():
+        prefix = f"{phase.name}/" if len(self.phases) > 1 else ""
+        for key, value in found.items():
+            name = prefix + key
             share = value.detach() / self.config.micro_batches
             losses[name] = losses[name] + share if name in losses else share
 
@@ -298,9 +302,11 @@ class _Loop:
         ledger.add_bytes(rows.HOST_TO_DEVICE, batch.num_bytes)
         if run.journal is not None:
             with ledger.row(rows.LOGGING):
-                positions = getattr(batch, "positions", batch.sample_ids)
+                used = batch.weights > 0  # a sample that was skipped has not been trained on
                 run.journal.add(
-                    step=self.progress.step, positions=positions.tolist(), samples=batch.sample_ids.tolist()
+                    step=self.progress.step,
+                    positions=batch.positions[used].tolist(),
+                    samples=batch.sample_ids[used].tolist(),
                 )
         return moved
 
@@ -342,10 +348,9 @@ class _Loop:
     def _evaluate(self) -> tuple[dict[str, float], list[Prediction]]:
         run, ledger = self.run_, self.run_.ledger
         with ledger.row(rows.EVALUATION, absorb=True):
-            averaged: AbstractContextManager[Any] = nullcontext()
-            if self.averages:
-                averaged = self.averages[run.task.phases[0].name].in_place()
-            with averaged:
+            with ExitStack() as averaged:
+                for average in self.averages.values():
+                    averaged.enter_context(average.in_place())
                 summary, predictions = evaluate(
                     run.task,
                     run.evaluation_loader.evaluation_batches(),
@@ -362,7 +367,7 @@ class _Loop:
         run, ledger, progress = self.run_, self.run_.ledger, self.progress
         with ledger.row(rows.CHECKPOINT, absorb=True):
             if run.journal is not None:
-                run.journal.flush()  # what a checkpoint covers is on record before the checkpoint is
+                run.journal.sync()  # what a checkpoint covers is on record before the checkpoint is
             run.collectives.barrier()
             checkpoints.save_checkpoint(
                 run.run_dir,
@@ -387,7 +392,11 @@ class _Loop:
     def _restore(self, start: checkpoints.Checkpoint) -> None:
         for phase in self.run_.task.phases:
             phase.module.load_state_dict(start.state["modules"][phase.name])
+            # The checkpoint has the optimizer's state; its options are this run's, which may have been changed.
+            options = [{k: v for k, v in g.items() if k != "params"} for g in phase.optimizer.param_groups]
             phase.optimizer.load_state_dict(start.state["optimizers"][phase.name])
+            for group, wanted in zip(phase.optimizer.param_groups, options, strict=True):
+                group.update(wanted)
         for name, average in self.averages.items():
             if name not in start.state["averages"]:
                 raise ValueError(f"{start.path} holds no weight averages: resume with --training.ema-half-life-clips 0")

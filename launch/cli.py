@@ -49,16 +49,17 @@ def run_command(arguments: Sequence[str]) -> int:
 def _run(name: str, arguments: Sequence[str]) -> int:
     if name not in COMMANDS:
         raise ValueError(f"unknown command {name!r}{closest(name, COMMANDS)}; see reelscale --help")
-    if name == "train" and _is_rank(arguments):
+    if name == "train" and _wants_workers(arguments):
         start_worker_server()  # before anything imports PyTorch: the server's imports overlap with ours
     return importlib.import_module(COMMANDS[name][1]).run(arguments)
 
 
-def _is_rank(arguments: Sequence[str]) -> bool:
-    """Whether `train` with these arguments trains in this process, and does not only supervise or print."""
+def _wants_workers(arguments: Sequence[str]) -> bool:
+    """Whether `train` with these arguments loads clips in workers of this process: it may only supervise or print."""
     flags = {argument.split("=")[0] for argument in arguments}
     supervises = "--nproc" in flags and find_placement(os.environ).launcher == "single"
-    return not supervises and not flags & {"--dry-run", "-h", "--help"}
+    without_workers = "--data.loader.num-workers=0" in arguments
+    return not (supervises or without_workers or flags & {"--dry-run", "-h", "--help"})
 
 
 def _fail(error: Exception) -> int:
@@ -75,13 +76,13 @@ def _fail(error: Exception) -> int:
     if folder and placement.launcher == "local":  # the process that started this one says it
         write_failure(Path(folder), failure)
     elif placement.rank == 0 or not _told_to_all(error):
-        say(failure, show_rank=placement.world_size > 1 and placement.rank > 0)
+        say(failure, show_rank=placement.world_size > 1)
     return failure.exit_code
 
 
 def say(failure: Failure, *, show_rank: bool = False) -> None:
     """Prints a failure's one line on standard error."""
-    rank = f"rank {failure.rank}: " if show_rank and not failure.consequence else ""
+    rank = f"rank {failure.rank}: " if show_rank and failure.rank and not failure.consequence else ""
     sys.stderr.write(f"reelscale: error: {rank}{failure.message}\n")
 
 

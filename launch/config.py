@@ -98,7 +98,7 @@ def check(experiment: Experiment, *, world_size: int) -> None:
     for part in (experiment.optimizer, experiment.schedule, experiment.training, experiment.checkpoint):
         problems += part.problems()
     training = experiment.training
-    parts = world_size * training.micro_batches
+    parts = world_size * max(training.micro_batches, 1)
     if training.batch_clips % parts:
         lower, upper = training.batch_clips // parts * parts, -(-training.batch_clips // parts) * parts
         choices = f"{lower} or {upper}" if lower else f"{upper}"

@@ -14,7 +14,14 @@ from pathlib import Path
 
 EXIT_USER, EXIT_MACHINE, EXIT_STOPPED = 2, 1, 75
 
-_PEER_GONE = ("connection closed by peer", "connection reset", "broken pipe", "recv failed", "socket timeout", "nccl")
+_PEER_GONE = (
+    "connection closed by peer",
+    "connection reset",
+    "broken pipe",
+    "recv failed",
+    "socket timeout",
+    "ncclremoteerror",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +52,7 @@ def describe(error: BaseException, *, rank: int = 0) -> Failure:
     consequence = False
     if isinstance(error, RuntimeError) and any(sign in text.lower() for sign in _PEER_GONE):
         consequence = True
-        text = f"rank {rank}: another rank is gone ({text[:160]}); its own output says why"
+        text = f"rank {rank}: another rank is gone ({text[-160:]}); its own output says why"
     return Failure(exit_code=code, message=text, rank=rank, consequence=consequence, seconds=time.time())
 
 

@@ -9,14 +9,15 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from launch.errors import Failure, read_failures
+from launch.errors import EXIT_STOPPED, Failure, read_failures
 
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-FAILURES_FOLDER = "REELSCALE_FAILURES"
+FAILURES_FOLDER, SUPERVISOR = "REELSCALE_FAILURES", "REELSCALE_SUPERVISOR"
 GRACE_SECONDS = 10.0
 
 
@@ -31,58 +32,75 @@ def run_local(arguments: Sequence[str], *, num_processes: int, logs: Path) -> Fa
     """
     logs.mkdir(parents=True, exist_ok=True)
     key = uuid.uuid4().hex
-    with TemporaryDirectory(prefix="reelscale-") as failures:
-        processes = []
-        for rank in range(num_processes):
-            environ = _environment(rank, num_processes, key, failures)
-            output = None if rank == 0 else (logs / f"rank_{rank:05d}.log").open("ab")
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-P", "-m", "launch.entry", *arguments],
-                    env=environ,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT if output else None,
-                )
-            )
-            if output:
-                output.close()
-        _forward_signals(processes)
-        first = _wait(processes)
+    processes: list[subprocess.Popen[bytes]] = []
+    with TemporaryDirectory(prefix="reelscale-") as failures, _signals_forwarded_to(processes):
+        try:
+            for rank in range(num_processes):
+                processes.append(_start(arguments, rank, _environment(rank, num_processes, key, failures), logs))
+            first = _wait(processes)
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
         if first is None:
             return None
         return _earliest(Path(failures), first, processes[first].returncode, logs)
 
 
+def _start(arguments: Sequence[str], rank: int, environ: dict[str, str], logs: Path) -> subprocess.Popen[bytes]:
+    with ExitStack() as files:
+        output = files.enter_context((logs / f"rank_{rank:05d}.log").open("ab")) if rank else None
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "launch.entry", *arguments],
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT if output else None,
+            process_group=0,  # a Ctrl-C reaches the ranks once, forwarded, not twice
+        )
+
+
 def die_with_parent() -> None:
-    """Asks the kernel to end this process when the supervising one dies (Linux; elsewhere nothing)."""
+    """Asks the kernel to end this process when the supervising one dies, or ends it if that is so already (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.environ.get(SUPERVISOR) not in (None, str(os.getppid())):
+        sys.exit(EXIT_STOPPED)
 
 
 def _environment(rank: int, num_processes: int, key: str, failures: str) -> dict[str, str]:
     threads = max((os.cpu_count() or 1) // num_processes, 1)
+    foreign = ("MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "GROUP_WORLD_SIZE")  # of a launcher around this one
     return {
         "OMP_NUM_THREADS": str(threads),
-        **os.environ,
+        **{key: value for key, value in os.environ.items() if key not in foreign},
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(num_processes),
         "LOCAL_WORLD_SIZE": str(num_processes),
         "REELSCALE_LAUNCHER": "local",
         "REELSCALE_JOB_KEY": key,
+        SUPERVISOR: str(os.getpid()),
         FAILURES_FOLDER: failures,
     }
 
 
-def _forward_signals(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+@contextmanager
+def _signals_forwarded_to(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Inside this block the signals that end a job go to the ranks; the old handlers are back after it."""
+
     def forward(number: int, _: object) -> None:
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
 
-    for number in FORWARDED_SIGNALS:
-        signal.signal(number, forward)
+    before = {number: signal.signal(number, forward) for number in FORWARDED_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
@@ -92,7 +110,8 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
     while any(process.poll() is None for process in processes):
         failed = [index for index, process in enumerate(processes) if process.poll() not in (None, 0)]
         if failed and first is None:
-            first, deadline = failed[0], time.monotonic() + GRACE_SECONDS
+            killed = [index for index in failed if processes[index].returncode < 0]
+            first, deadline = (killed or failed)[0], time.monotonic() + GRACE_SECONDS
         if time.monotonic() > deadline:
             for process in processes:
                 if process.poll() is None:
@@ -110,8 +129,10 @@ def _earliest(folder: Path, rank: int, code: int, logs: Path) -> Failure:
         name = signal.Signals(-code).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""
         log = f"; see {logs / f'rank_{rank:05d}.log'}" if rank else ""
-        return Failure(exit_code=128 - code, message=f"rank {rank} was killed by {name}{hint}{log}", rank=rank)
-    causes = [failure for failure in told if not failure.consequence] or told
+        return Failure(exit_code=128 - code, message=f"rank {rank} was killed by {name}{hint}{log}")
+    causes = [failure for failure in told if not failure.consequence]
+    if not causes and any(failure.rank == rank for failure in told):
+        causes = told
     if causes:
         return causes[0]
     return Failure(exit_code=code, message=f"rank {rank} ended with exit code {code}; see {logs}", rank=rank)

@@ -103,8 +103,8 @@ def _slurm(environ: Mapping[str, str]) -> Placement:
         node_rank=node_rank,
         num_nodes=len(counts),
         master_address=environ.get("MASTER_ADDR") or first_host(nodes),
-        # The same port on every node without a word exchanged: steps of one job and neighbouring jobs differ.
-        master_port=int(port) if port else 20000 + (int(job) * 7 + int(step)) % 20000,
+        # The same port on every node without a word exchanged, below those that the kernel hands out by itself.
+        master_port=int(port) if port else 20000 + (int(job) * 7 + int(step)) % 12768,
         job_key=f"slurm-{job}.{step}",
     )
 

@@ -6,6 +6,8 @@ import datetime
 import hashlib
 import logging
 import os
+import socket
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -57,14 +59,16 @@ def process_group(world: World, placement: Placement) -> Iterator[None]:
         return
     if placement.on_one_node:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = _store(placement)
+    # The prefix keeps a job that happens on another job's port from meddling with its keys.
+    store = dist.PrefixStore(placement.job_key or "reelscale", _store(placement))
     dist.init_process_group(
         _backend(world, store), store=store, rank=world.rank, world_size=world.world_size, timeout=TIMEOUT
     )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    dist.barrier()
+    if world.is_first:
+        _port_file(placement).unlink(missing_ok=True)
+    yield
+    dist.destroy_process_group()  # not after an error: peers may be gone, and the process ends anyway
 
 
 def _choose_device(placement: Placement, wanted: str) -> torch.device:
@@ -90,13 +94,13 @@ def _backend(world: World, store: dist.Store) -> str:
     """Gloo for the host's tensors; for CUDA's NCCL, or Gloo where processes of one node share a GPU (NCCL refuses)."""
     if world.device.type != "cuda":
         return "gloo"
-    gpu = str(torch.cuda.get_device_properties(world.device).uuid)
-    store.set(f"gpu/{world.node_rank}/{world.local_rank}", gpu)
-    on_node = [store.get(f"gpu/{world.node_rank}/{local}").decode() for local in range(world.local_world_size)]
-    if len(set(on_node)) == len(on_node):
+    gpu = f"{socket.gethostname()} {torch.cuda.get_device_properties(world.device).uuid}"
+    store.set(f"gpu/{world.rank}", gpu)
+    gpus = store.multi_get([f"gpu/{rank}" for rank in range(world.world_size)])
+    if len(set(gpus)) == len(gpus):
         return "cpu:gloo,cuda:nccl"
     if world.num_nodes > 1:
-        raise ValueError(f"processes share a GPU on node {world.node_rank}: start one process a GPU, or use one node")
+        raise ValueError("processes share a GPU on some node: start at most one process a GPU")
     return "gloo"
 
 
@@ -113,9 +117,7 @@ def _store(placement: Placement) -> dist.Store:
 
 def _store_on_one_node(placement: Placement) -> dist.Store:
     """Rank 0 takes a free port and tells it to its neighbours in a file that only this job knows."""
-    key = placement.job_key or f"parent-{os.getppid()}-{_started(os.getppid())}"
-    name = hashlib.sha256(key.encode()).hexdigest()[:16]
-    path = Path(tempfile.gettempdir()) / f"reelscale-{os.getuid()}-{name}.port"
+    path = _port_file(placement)
     if placement.rank == 0:
         store = dist.TCPStore("127.0.0.1", 0, placement.world_size, True, timeout=TIMEOUT, wait_for_workers=False)
         aside = path.with_suffix(f".{os.getpid()}")
@@ -127,10 +129,23 @@ def _store_on_one_node(placement: Placement) -> dist.Store:
         try:
             port, pid = (int(word) for word in path.read_text().split())
             os.kill(pid, 0)
-            return dist.TCPStore("127.0.0.1", port, placement.world_size, False, timeout=TIMEOUT)
-        except (OSError, ValueError):
+            store = dist.TCPStore("127.0.0.1", port, placement.world_size, False, timeout=datetime.timedelta(seconds=5))
+            store.set_timeout(TIMEOUT)
+            return store
+        except (OSError, ValueError, dist.DistNetworkError):  # not there yet, or left behind by a job that was killed
             time.sleep(0.02)
     raise RuntimeError(f"rank {placement.rank}: rank 0 did not announce itself in {path} in {TIMEOUT}")
+
+
+def _port_file(placement: Placement) -> Path:
+    """Where rank 0 announces its port: in a folder that only this user may enter, under a name only this job knows."""
+    folder = Path(tempfile.gettempdir()) / f"reelscale-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise RuntimeError(f"{folder} is not a folder of this user alone: remove it, or set TMPDIR")
+    key = placement.job_key or f"parent-{os.getppid()}-{_started(os.getppid())}"
+    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.port"
 
 
 def _address_by_mpi(placement: Placement) -> tuple[str, int]:
@@ -142,8 +157,6 @@ def _address_by_mpi(placement: Placement) -> tuple[str, int]:
             f"{placement.launcher} on {placement.num_nodes} nodes does not say where rank 0 is: install "
             f"reelscale[mpi] (mpi4py: {error}), or pass MASTER_ADDR and MASTER_PORT to every rank"
         ) from None
-    import socket
-
     mine = None
     if placement.rank == 0:
         with socket.socket() as probe:

@@ -48,6 +48,8 @@ def claim(run_dir: Path, *, resume: bool, description: dict[str, Any]) -> tuple[
         raise ValueError(f"cannot make run folder {run_dir}: {error.strerror}; choose another with --run-dir") from None
     path = run_dir / "config.json"
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if earlier:
+        _check_same_run(run_dir, earlier, description)
     attempt = earlier.get("attempt", -1) + 1
     run_id = earlier.get("run_id") or uuid.uuid4().hex[:12]
     aside = path.with_suffix(".partial")
@@ -56,6 +58,27 @@ def claim(run_dir: Path, *, resume: bool, description: dict[str, Any]) -> tuple[
     )
     aside.replace(path)
     return attempt, run_id
+
+
+def _check_same_run(run_dir: Path, earlier: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuses to continue a run with what would make it another: other samples, another order, another model."""
+    before, after = _identity(earlier), _identity(now)
+    changed = [f"{key} was {before.get(key)}, is {value}" for key, value in after.items() if before.get(key) != value]
+    if changed:
+        raise ValueError(f"{run_dir} cannot be continued as another run: {'; '.join(changed)}")
+
+
+def _identity(description: dict[str, Any]) -> dict[str, Any]:
+    config = description["config"]
+    loader, model = config["data"]["loader"], config["model"]
+    return {
+        "classes": description["classes"],
+        "samples of the training split": description["num_training_samples"],
+        "--training.seed": config["training"]["seed"],
+        "--data.clip.num-segments": config["data"]["clip"]["num_segments"],
+        **{f"--data.loader.{key.replace('_', '-')}": loader[key] for key in loader if key.startswith("shuffle")},
+        **{f"--model.{key.replace('_', '-')}": value for key, value in model.items() if key != "weights"},
+    }
 
 
 def versions() -> dict[str, str]:

@@ -29,7 +29,7 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _request(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal == signal.SIGINT:

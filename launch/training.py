@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,8 @@ def running_ledger(experiment: Experiment, run_dir: Path, attempt: int, collecti
     try:
         yield ledger
     except BaseException:
-        ledger.end("error")
+        with suppress(RuntimeError):  # a device in error cannot be asked for its times; the first error counts
+            ledger.end("error")
         raise
 
 

@@ -52,6 +52,7 @@ def small(motion_shards) -> list[str]:
         "--training.batch-clips=12",
         "--training.epochs=2",
         "--training.log-every-steps=2",
+        "--data.loader.num-workers=0",
     ]
 
 

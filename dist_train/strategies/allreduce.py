@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -86,7 +87,11 @@ class _Bucket:
 class PhaseExchange:
     """The exchange of one phase's gradients; see the module for its contract."""
 
-    def __init__(self, phase: Phase, collectives: Collectives, bucket_bytes: int) -> None:
+    def __init__(self, phase: Phase, collectives: Collectives, bucket_bytes: int, channel: Any) -> None:
+        self._phase = phase
+        # A channel of its own: where ranks have different graphs a bucket may leave before or after another collective
+        # of the backward pass (synchronised batch norm), and only the order within a channel has to agree.
+        self._channel = channel
         self._parameters = [p for p in phase.parameters() if p.requires_grad]
         self._collectives = collectives
         self._bucket_bytes = bucket_bytes
@@ -108,6 +113,7 @@ class PhaseExchange:
         """Exchanges what is left, waits, and leaves means in `.grad`."""
         if not self._buckets:
             self._learn_plan()
+        self._check_nothing_is_left_out()
         with torch.no_grad():
             self._launch_ready(all_of_them=True)
             self._active = False
@@ -123,6 +129,13 @@ class PhaseExchange:
                 for index, view in zip(bucket.indices, bucket.views, strict=True):
                     self._parameters[index].grad = view if used[index] else None
         self._reset()
+
+    def _check_nothing_is_left_out(self) -> None:
+        if sum(p.requires_grad for p in self._phase.parameters()) > len(self._parameters):
+            raise RuntimeError(
+                f"phase {self._phase.name!r}: parameters became trainable after the strategy was prepared, so their "
+                "gradients would not be exchanged; prepare with all of them trainable"
+            )
 
     def _hook(self, index: int) -> Callable[[torch.Tensor], None]:
         def gradient_is_ready(_: torch.Tensor) -> None:
@@ -156,7 +169,7 @@ class PhaseExchange:
             self._next += 1
 
     def _launch(self, bucket: _Bucket) -> None:
-        bucket.pending = self._collectives.start_mean_(bucket.flat)
+        bucket.pending = self._collectives.start_mean_(bucket.flat, channel=self._channel)
         bucket.launched = True
 
     def _agree(self) -> tuple[list[bool], list[bool]]:
@@ -207,8 +220,9 @@ class FusedAllreduce:
         """Broadcasts rank 0's modules and hooks every phase's parameters."""
         if self._collectives.world.world_size > 1:
             broadcast_modules(phases, self._collectives)
+            channel = self._collectives.new_channel()
             for phase in phases:
-                self._exchanges[phase.name] = PhaseExchange(phase, self._collectives, self._bucket_bytes)
+                self._exchanges[phase.name] = PhaseExchange(phase, self._collectives, self._bucket_bytes, channel)
         return list(phases)
 
     @contextmanager

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_train.collectives import Collectives
 from dist_train.phases import Phase
@@ -54,7 +54,7 @@ def broadcast_modules(phases: Sequence[Phase], collectives: Collectives) -> None
 
 
 class BufferAverage:
-    """Keeps floating-point buffers (running statistics of batch norm) equal on all ranks.
+    """Keeps the running statistics of batch norm equal on all ranks.
 
     Each rank normalises by its own micro-batch and moves its own running statistics; after each step they are averaged.
     Running statistics are linear in the batch's statistics, so this equals averaging once before evaluation, and it
@@ -63,9 +63,9 @@ class BufferAverage:
     """
 
     def __init__(self, phases: Sequence[Phase], collectives: Collectives) -> None:
-        modules: dict[int, nn.Module] = {id(phase.module): phase.module for phase in phases}
-        buffers = {id(b): b for module in modules.values() for b in module.buffers() if b.is_floating_point()}
-        self._buffers = list(buffers.values())
+        layers = {id(m): m for phase in phases for m in phase.module.modules() if isinstance(m, _BatchNorm)}
+        statistics = [s for layer in layers.values() for s in (layer.running_mean, layer.running_var)]
+        self._buffers = [buffer for buffer in statistics if buffer is not None]
         self._collectives = collectives
         self._flat: torch.Tensor | None = None
         self._pending: Any = None

@@ -57,6 +57,7 @@ class DistributedDataParallelStrategy:
         launched = ledger.stamp()
         work = dist.all_reduce(tensor, async_op=True)
         if bucket.is_last():  # the rest of backward() is DDP waiting for its buckets
+            self._close_exposed()
             self._exposed = ledger.waiting(launched)
             self._exposed.__enter__()
         return work.get_future().then(lambda future: future.value()[0])

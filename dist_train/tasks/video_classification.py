@@ -6,6 +6,7 @@ as the weights of torchvision and of the TSM repository expect.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,9 +22,16 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 def normalize(clips: torch.Tensor) -> torch.Tensor:
     """uint8 `[B, T, 3, H, W]` to float32 of zero mean and unit variance (ImageNet's), same shape and memory layout."""
-    mean = torch.tensor(IMAGENET_MEAN, device=clips.device).view(3, 1, 1) * 255
-    scale = 1 / (torch.tensor(IMAGENET_STD, device=clips.device).view(3, 1, 1) * 255)
+    mean, scale = _statistics(clips.device)
     return (clips.float() - mean) * scale
+
+
+@functools.cache
+def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and 1 / standard deviation of uint8 values, `[3, 1, 1]`; copied once: the copy waits for it."""
+    mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1) * 255
+    scale = 1 / (torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255)
+    return mean.to(device), scale.to(device)
 
 
 class VideoClassification:

@@ -73,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
             logs=_run_dir(command, wanted) / "logs",
         )
         if failure is not None:
-            say(failure, show_rank=failure.rank > 0)
+            say(failure, show_rank=True)
             return failure.exit_code
         results.append((wanted, _test_accuracy(_run_dir(command, wanted)), time.monotonic() - begun))
         _say(f"{wanted.name}: test top-1 {100 * results[-1][1]:.1f} % in {results[-1][2]:.0f} s")

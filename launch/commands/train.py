@@ -114,7 +114,7 @@ def _supervise(arguments: Sequence[str], job: _Job) -> int:
     check_claim(run_dir, resume=command.resume)
     failure = run_local(["train", *arguments], num_processes=command.nproc, logs=run_dir / "logs")
     if failure is not None and failure.exit_code != EXIT_STOPPED:
-        say(failure, show_rank=failure.rank > 0)
+        say(failure, show_rank=True)
         return failure.exit_code
     _report(command, run_dir)
     if failure is not None:
@@ -131,6 +131,8 @@ def _run_rank(job: _Job) -> int:
     command, run_dir, supervised = job.command, job.run_dir, job.placement.launcher == "local"
     if supervised:
         die_with_parent()
+    if command.training.deterministic:  # cuBLAS reads it when CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     world = make_world(job.placement, command.device)
     set_up_logging(rank=world.rank)
     outcome = run_rank(job.experiment, run_dir=run_dir, resume=command.resume, world=world, placement=job.placement)

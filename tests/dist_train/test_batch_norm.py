@@ -43,6 +43,13 @@ def test_synchronized_equals_the_whole_batch_through_double_backward(world_size)
             torch.testing.assert_close(rank[4][name], expected, rtol=0, atol=1e-10, msg=name)
 
 
+@pytest.mark.parametrize("mean", [0.0, 50.7, 1000.7])
+def test_synchronized_is_accurate_far_from_zero(mean):
+    inputs = mean + 1e-3 * torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    layer = SynchronizedBatchNorm.like(nn.BatchNorm1d(2), Collectives(World()))
+    torch.testing.assert_close(layer(inputs), nn.BatchNorm1d(2)(inputs), rtol=0, atol=0.1)
+
+
 def test_synchronized_keeps_the_names_and_objects_of_the_layer():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     names, weight = list(model.state_dict()), model[1].weight

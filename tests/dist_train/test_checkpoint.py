@@ -6,12 +6,20 @@ import os
 import pickle
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 
-from dist_train.checkpoint import CheckpointError, latest_name, load_latest, read_checkpoint, save_checkpoint
+from dist_train.checkpoint import (
+    CheckpointError,
+    _CheckedFile,
+    latest_name,
+    load_latest,
+    read_checkpoint,
+    save_checkpoint,
+)
 from dist_train.collectives import Collectives
 from dist_train.world import World
 
@@ -67,6 +75,35 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(tmp_path, c
     assert "step_00000002 is damaged" in caplog.text
     _save(tmp_path, 2)  # the resumed run comes to the same step and replaces it
     assert load_latest(tmp_path, collectives=ALONE).step == 2
+
+
+def test_a_damaged_one_ahead_never_costs_the_newest_whole_one(tmp_path):
+    """Resumed from before a damaged checkpoint, the run saves at a lower step than the damaged one claims."""
+    _save(tmp_path, 20)
+    (_save(tmp_path, 30) / "state.pt").unlink()
+    (tmp_path / "checkpoints" / ".step_00000025.partial").mkdir()
+    _save(tmp_path, 24, keep=1)
+    assert load_latest(tmp_path, collectives=ALONE).step == 24
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000024"]
+
+
+class _Stingy:
+    """A file that takes at most 1,000 bytes at a time, as a raw file may."""
+
+    def __init__(self, file):
+        self._file = file
+
+    def write(self, data):
+        return self._file.write(data[:1000])
+
+
+def test_a_file_that_takes_less_than_it_is_given_gets_every_byte(tmp_path):
+    content = bytes(range(256)) * 50
+    with (tmp_path / "file").open("wb") as file:
+        checked = _CheckedFile(_Stingy(file))
+        assert checked.write(content) == len(content)
+    assert (tmp_path / "file").read_bytes() == content
+    assert (checked.num_bytes, checked.crc32) == (len(content), zlib.crc32(content))
 
 
 def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,30 @@ def test_evaluation_counts_every_sample_once_at_any_world_size(tmp_path, world_s
     predictions = results[0][2].predictions
     assert [row.sample_id for row in predictions] == list(range(NUM_SAMPLES - 1))
     assert all(not outcome.predictions for _, _, outcome, _ in results[1:])
+
+
+def test_a_resumed_run_takes_its_options_from_the_command_not_from_the_checkpoint(tmp_path):
+    train(toy_run(World(), tmp_path, TRAINING))
+    run = toy_run(World(), tmp_path, replace(TRAINING, epochs=4))
+    for group in only_phase(run).optimizer.param_groups:
+        group.update(initial_lr=0.001, weight_decay=0.25)
+    train(run, load_latest(tmp_path, collectives=Collectives(World())))
+    for group in only_phase(run).optimizer.param_groups:
+        assert (group["initial_lr"], group["weight_decay"]) == (0.001, 0.25)
+        assert group["lr"] <= 0.001
+
+
+def test_a_diverged_model_is_not_saved(tmp_path):
+    run = toy_run(
+        World(),
+        tmp_path,
+        TrainingConfig(batch_clips=12, epochs=4, log_every_steps=1000),
+        checkpoint=CheckpointConfig(every_epochs=1),
+        on_step=lambda step: only_phase(run).module.fc.weight.data.fill_(math.nan) if step == 6 else None,
+    )
+    with pytest.raises(RuntimeError, match="diverged"):
+        train(run)
+    assert load_latest(tmp_path, collectives=Collectives(World())).step == 4
 
 
 def _stop_rank_one(world, folder):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from dist_train.batch_norm import apply_batch_norm_mode
 from dist_train.collectives import Collectives
 from dist_train.loop import TrainingConfig, train
 from dist_train.phases import Phase
@@ -120,6 +121,34 @@ def test_allreduce_is_exact_when_ranks_have_different_graphs(steps):
                 assert (parameter.grad is None) == (gradient is None)
                 if gradient is not None:
                     torch.testing.assert_close(gradient, parameter.grad, rtol=0, atol=1e-15)
+
+
+def _one_head_of_two(world):
+    """Synchronised batch norm below, and above it a head that depends on the rank."""
+    torch.manual_seed(4)
+    collectives = Collectives(world)
+    model = nn.ModuleDict(
+        {"low": nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16)), "a": nn.Linear(16, 2), "b": nn.Linear(16, 2)}
+    )
+    apply_batch_norm_mode(model, "synchronized", collectives)
+    phase = Phase(name="p", module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    strategy = make_strategy("allreduce", collectives, bucket_megabytes=0.00005)
+    strategy.prepare([phase])
+    for step in range(3):
+        phase.optimizer.zero_grad()
+        head = "ab"[world.rank] if step else "a"
+        inputs = torch.randn(6, 4, generator=torch.Generator().manual_seed(10 * step + world.rank))
+        with strategy.micro_batch(phase, synchronize=True):
+            model[head](model["low"](inputs)).square().mean().backward()
+        strategy.finish(phase)
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def test_ranks_with_different_heads_and_synchronised_batch_norm_below_do_not_mix_up_collectives():
+    first, second = run_ranks(_one_head_of_two, 2)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+        assert one.abs().sum() > 0
 
 
 def _gradient_penalty(world):

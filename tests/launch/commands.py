@@ -34,6 +34,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         env=environment(),
+        start_new_session=True,  # as from a terminal: a group of its own, to which a Ctrl-C is sent
     )
 
 

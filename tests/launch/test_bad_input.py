@@ -33,6 +33,8 @@ def _refused(capsys, *arguments: object) -> str:
         (["train", "motion_tsm", "--training.epochs", "many"], "--training.epochs: could not convert"),
         (["train", "motion_tsm", "--training.strategy", "horovod"], "invalid choice 'horovod'"),
         (["train", "motion_tsm", "--nproc", "0"], "--nproc is 0"),
+        (["train", "motion_tsm", "--training.micro-batches", "0"], "training.micro_batches is 0"),
+        (["train", "motion_tsm", "--training.epochs", "inf"], "training.epochs is inf"),
         (
             ["train", "motion_tsm", "--nproc", "3"],
             "training.batch_clips is 32, not divisible by 3 processes x 1 micro-batches: use 30 or 33",

@@ -27,6 +27,7 @@ from tests.launch.commands import (
 )
 
 CHECKPOINTS = "--checkpoint.every-epochs=0.4"
+WORKERS = "--data.loader.num-workers=1"
 
 
 def _train(run_dir: Path, small: list[str], *flags: object, nproc: int = 1) -> subprocess.CompletedProcess[str]:
@@ -52,6 +53,7 @@ def _wait_for_checkpoint(run_dir: Path, process: subprocess.Popen) -> None:
 
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_killed_in_mid_epoch_and_resumed_it_ends_in_the_same_bits(tmp_path, small, nproc):
+    small = [*small, WORKERS]
     succeeded(_train(tmp_path / "undisturbed", small, CHECKPOINTS, nproc=nproc))
     killed = tmp_path / "killed"
     process = start("train", "motion_tsm", *small, f"--run-dir={killed}", f"--nproc={nproc}", *QUICK, CHECKPOINTS)
@@ -102,14 +104,20 @@ def test_twenty_steps_on_two_processes_are_those_of_one_with_the_whole_batch(tmp
                 torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5, msg=f"{strategy}: {name}")
 
 
-def test_a_stop_request_saves_and_can_be_continued(tmp_path, small):
+@pytest.mark.parametrize("by", ["SIGTERM to the supervisor", "Ctrl-C in a terminal"])
+def test_a_stop_request_saves_and_can_be_continued(tmp_path, small, by):
     process = start("train", "motion_tsm", *small, f"--run-dir={tmp_path / 'run'}", "--nproc=2", *QUICK, CHECKPOINTS)
     _wait_for_checkpoint(tmp_path / "run", process)
-    process.send_signal(signal.SIGTERM)
+    if by == "Ctrl-C in a terminal":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
     assert "stopped on request after step" in output
     assert "--resume" in output
+    if by == "Ctrl-C in a terminal":
+        return
     succeeded(_train(tmp_path / "run", small, CHECKPOINTS, "--resume", nproc=2))
     succeeded(_train(tmp_path / "undisturbed", small, CHECKPOINTS, nproc=2))
     assert_same_bits(tmp_path / "undisturbed", tmp_path / "run")
@@ -152,7 +160,7 @@ def test_torchrun_and_mpirun_give_the_bits_of_nproc(tmp_path, small):
 
 def test_a_run_leaves_ledger_report_wandb_and_predictions(tmp_path, small):
     run_dir = tmp_path / "run"
-    done = succeeded(reelscale("train", "motion_tsm", *small, f"--run-dir={run_dir}", "--nproc=2"))
+    done = succeeded(reelscale("train", "motion_tsm", *small, f"--run-dir={run_dir}", "--nproc=2", WORKERS))
     assert "report: " in done.stdout
     assert max(len(line) for line in done.stdout.splitlines() if "report:" not in line) <= 80
     page = (run_dir / "report.html").read_text()
@@ -223,6 +231,19 @@ def test_the_real_set_packs_and_its_loss_falls_on_two_processes(tmp_path, tennis
     succeeded(reelscale("train", "video_tsm", *flags, *QUICK, timeout=280))
     losses = [line["loss"] for line in _lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
     assert losses[-1] < losses[0] - 0.05, losses
+
+
+def test_a_run_is_not_continued_as_another(tmp_path, small):
+    run_dir = tmp_path / "run"
+    succeeded(_train(run_dir, small))
+    before = (run_dir / "config.json").read_text()
+    line = one_line_of(_train(run_dir, small, "--resume", "--model.width=16", "--training.seed=5"))
+    assert "--training.seed was 0, is 5" in line
+    assert "--model.width was 8, is 16" in line
+    assert (run_dir / "config.json").read_text() == before
+    done = succeeded(_train(run_dir, small, "--resume", "--training.epochs=3"))
+    assert "Traceback" not in done.stderr
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000023\n"
 
 
 def test_a_run_folder_that_exists_is_left_alone(tmp_path, small):
