@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
 
 from launch.own_packages import check_own_packages
@@ -16,7 +18,13 @@ def main() -> None:
         sys.exit(2)
     from launch.cli import run_command  # only now: it imports the other packages
 
-    sys.exit(run_command(sys.argv[1:]))
+    code = run_command(sys.argv[1:])
+    # Everything is on disk and every exit function runs; what is left out is Python taking PyTorch apart, a second in
+    # which the ranks of a job would only keep each other waiting.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,10 @@ from launch.config import DataConfig, Experiment, ModelConfig
 
 
 def motion_tsm() -> Experiment:
-    """TSM on a ResNet-18 of base width 16, 8 segments at 56 pixels. No flip: it would swap left and right."""
+    """TSM ResNet-18 of width 16, 8 segments at 56 pixels.
+
+    No flip: it would swap left and right.
+    """
     return Experiment(
         name="motion_tsm",
         data=DataConfig(
@@ -35,6 +38,6 @@ def motion_tsm() -> Experiment:
 
 
 def motion_tsn() -> Experiment:
-    """The same network without the shift: it sees frames, not their order, and must stay near 50 %."""
+    """The same without the shift: it must stay near 50 %."""
     experiment = motion_tsm()
     return replace(experiment, name="motion_tsn", model=replace(experiment.model, name="tsn_resnet18"))

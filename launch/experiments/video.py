@@ -15,7 +15,10 @@ from launch.config import DataConfig, Experiment, ModelConfig
 
 
 def video_tsm() -> Experiment:
-    """TSM ResNet-18, 8 segments at 112 pixels. Videos may be flipped unless their classes know left from right."""
+    """TSM ResNet-18, 8 segments at 112 pixels, for your own videos.
+
+    Flip them with `--data.clip.horizontal-flip` unless their classes know left from right.
+    """
     return Experiment(
         name="video_tsm",
         data=DataConfig(clip=ClipConfig(num_segments=8, crop_size=112, short_side=128)),
@@ -27,6 +30,6 @@ def video_tsm() -> Experiment:
 
 
 def video_tsn() -> Experiment:
-    """The same without temporal modelling: what single frames can tell."""
+    """The same without the shift: what single frames can tell."""
     experiment = video_tsm()
     return replace(experiment, name="video_tsn", model=replace(experiment.model, name="tsn_resnet18"))
