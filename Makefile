@@ -39,6 +39,7 @@ wheel: $(STAMP)
 
 # One environment for all of it: pinned by constraints.txt, made again when what it is made from changes.
 $(STAMP): setup.cfg constraints.txt
+	@echo "making $(VENV) and installing the pinned packages: one to two minutes, more on a slow line"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev,mpi]' setuptools
 	touch $(STAMP)

@@ -30,7 +30,7 @@ def evaluate(
         batches: this rank's share of the split.
         collectives: the ranks.
         autocast: context for the forward pass.
-        on_batch: called with the number of clips of each batch (for a progress bar).
+        on_batch: called after each batch with the number of this rank's clips judged so far (for a progress bar).
 
     Returns:
         The task's summary, the same on every rank, and all predictions in sample order on rank 0 (empty elsewhere).
@@ -49,7 +49,7 @@ def evaluate(
             totals[name] = totals.get(name, torch.zeros((), device=device, dtype=torch.float64)) + value.double()
         predictions.extend(found)
         if on_batch is not None:
-            on_batch(len(batch))
+            on_batch(len(predictions))
     for layers in training.values():
         for layer in layers:
             layer.training = True

@@ -56,6 +56,7 @@ class ProgressLine:
     def __init__(self, label: str, *, unit: str, shown: bool = True) -> None:
         self._label, self._unit, self._shown = label, unit, shown
         self._note = ""
+        self._done, self._total = 0, 1
         self._started = self._last_line = time.monotonic()
         self._bar: Progress | None = None
         if shown and sys.stderr.isatty():
@@ -86,8 +87,14 @@ class ProgressLine:
         """Sets the words behind the bar."""
         self._note = note
 
+    def meanwhile(self, note: str) -> None:
+        """Shows what is being done between two updates."""
+        self.annotate(note)
+        self.update(self._done, self._total)
+
     def update(self, done: int, total: int) -> None:
         """Says how far it is."""
+        self._done, self._total = done, total
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, total=total, note=self._note)
             return

@@ -13,7 +13,7 @@ import numpy as np
 from data_shards.clips import ClipConfig, read_clip
 from data_shards.manifest import open_manifest
 from dist_train.ledger.summary import read_ledger
-from launch.console import console
+from launch.console import ProgressLine, console
 from launch.report import write_report
 from launch.report.terminal import ledger_view
 
@@ -23,7 +23,8 @@ def report_runs(run_dirs: Sequence[Path], output: Path) -> Path:
     for run_dir in run_dirs:
         if not (run_dir / "config.json").exists():
             raise ValueError(f"{run_dir} is not a run folder: it has no config.json")
-    return write_report(list(run_dirs), output, clip_images=clip_images)
+    with ProgressLine("report", unit="runs"):
+        return write_report(list(run_dirs), output, clip_images=clip_images)
 
 
 def print_ledger(run_dir: Path) -> None:

@@ -210,6 +210,7 @@ def _assemble(
         checkpoint_meta={"experiment": experiment.name, "run_id": run_id, "world_size": world.world_size},
         evaluation_split=experiment.data.evaluation_split,
         on_step=lambda step: progress.update(step, total),
+        on_evaluation_batch=lambda clips: progress.meanwhile(f"evaluating, {clips} clips done"),
     )
 
 

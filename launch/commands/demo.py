@@ -67,6 +67,7 @@ def run(arguments: Sequence[str]) -> int:
     results = []
     for wanted in RUNS:
         begun = time.monotonic()
+        _say(f"{wanted.name}: starting")
         failure = run_local(
             ["train", wanted.experiment, *_flags(command, wanted, shards)],
             num_processes=wanted.num_processes,
@@ -96,8 +97,7 @@ def _run_dir(command: Demo, wanted: _Run) -> Path:
 
 def _conclude(command: Demo, results: list[tuple[_Run, float, float]], seconds: float) -> None:
     run_dirs = [_run_dir(command, wanted) for wanted, _, _ in reversed(results)]
-    with ProgressLine("report", unit="runs"):
-        report = report_runs(run_dirs, command.folder / "report.html")
+    report = report_runs(run_dirs, command.folder / "report.html")
     print_ledger(run_dirs[0])
     table = Table(
         box=None, pad_edge=False, title="motion set: ten classes in five pairs that no single frame tells apart"
