@@ -31,7 +31,7 @@ from dist_train.ledger.recorder import Recorder
 from dist_train.loop import Run, TrainingConfig, train
 from dist_train.optimizers import SGDConfig, make_sgd
 from dist_train.schedules import ScheduleConfig
-from dist_train.strategies import make_strategy
+from dist_train.strategies import ExchangeConfig, make_strategy
 from dist_train.tasks.video_classification import VideoClassification
 from dist_train.world import World
 from models.video import tsm_resnet18
@@ -88,7 +88,7 @@ def run_steps(ledger: Recorder, folder: Path) -> tuple[float, float]:
             loader=OneBatch(),
             evaluation_loader=OneBatch(),
             collectives=collectives,
-            strategy=make_strategy("allreduce", collectives),
+            strategy=make_strategy(ExchangeConfig(), collectives),
             ledger=ledger,
             journal=None,
             monitors=(),

@@ -9,10 +9,10 @@ what the transport made of them: a ring all-reduce moves 2(W-1)/W times the payl
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -51,19 +51,41 @@ class _Told:
         return error
 
 
+class Watch(Protocol):
+    """Guards waits for other ranks; see `NoWatch` and `dist_train.watchdog`."""
+
+    def wait(self, work: Any, name: str) -> None:
+        """Waits for `work`, a `torch.distributed.Work`; raises where some rank does not come in bounded time."""
+
+    def blocking(self, name: str) -> AbstractContextManager[Any]:
+        """A `with` block that calls a blocking collective."""
+
+
+class NoWatch:
+    """Waits as long as the process group does."""
+
+    def wait(self, work: Any, name: str) -> None:  # noqa: ARG002
+        """`work.wait()`."""
+        work.wait()
+
+    def blocking(self, name: str) -> AbstractContextManager[Any]:  # noqa: ARG002
+        """Nothing."""
+        return nullcontext()
+
+
 class Pending:
-    """An all-reduce under way; `wait` blocks until the tensor holds the result, once."""
+    """A collective under way; `wait` blocks until the tensor holds the result, once."""
 
-    __slots__ = ("_finish", "_launched", "_ledger", "_work")
+    __slots__ = ("_finish", "_launched", "_name", "_owner", "_work")
 
-    def __init__(self, work: Any, ledger: Recorder, finish: Callable[[], Any] | None) -> None:
-        self._work, self._ledger, self._finish = work, ledger, finish
-        self._launched = ledger.stamp()
+    def __init__(self, work: Any, owner: Collectives, name: str, finish: Callable[[], Any] | None) -> None:
+        self._work, self._owner, self._name, self._finish = work, owner, name, finish
+        self._launched = owner.ledger.stamp()
 
     def wait(self) -> None:
         """Blocks until every rank's contribution has arrived; on CUDA the current stream waits, not the host."""
-        with self._ledger.waiting(self._launched):
-            self._work.wait()
+        with self._owner.ledger.waiting(self._launched):
+            self._owner.watch.wait(self._work, self._name)
         if self._finish is not None:
             self._finish()
 
@@ -74,20 +96,21 @@ class Collectives:
     def __init__(self, world: World, ledger: Recorder | None = None) -> None:
         self.world = world
         self.ledger: Recorder = ledger or NullLedger()
+        self.watch: Watch = NoWatch()
         self._alone = world.world_size == 1
 
-    def start_sum_(self, tensor: torch.Tensor) -> Pending | None:
+    def start_sum_(self, tensor: torch.Tensor, *, name: str = "sum") -> Pending | None:
         """Starts to sum `tensor` over the ranks, in place. None in a world of one process."""
-        return self._start(tensor, dist.ReduceOp.SUM)
+        return self._start(tensor, dist.ReduceOp.SUM, name)
 
-    def start_mean_(self, tensor: torch.Tensor, *, channel: Any = None) -> Pending | None:
+    def start_mean_(self, tensor: torch.Tensor, *, channel: Any = None, name: str = "mean") -> Pending | None:
         """Starts to average `tensor` over the ranks, in place: the sum, divided after the wait.
 
         `channel`, from `new_channel`, has an order of its own: what is started there need not be started at the
-        same place among the other collectives on every rank.
+        same place among the other collectives on every rank. `name` says in accounts and errors what this is.
         """
         return self._start(
-            tensor, dist.ReduceOp.SUM, finish=lambda: tensor.div_(self.world.world_size), channel=channel
+            tensor, dist.ReduceOp.SUM, name, finish=lambda: tensor.div_(self.world.world_size), channel=channel
         )
 
     def new_channel(self) -> Any:
@@ -100,13 +123,13 @@ class Collectives:
 
     def max_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Element-wise maximum of `tensor` over the ranks, in place; returns it."""
-        return self._finish(self._start(tensor, dist.ReduceOp.MAX), tensor)
+        return self._finish(self._start(tensor, dist.ReduceOp.MAX, "maximum"), tensor)
 
     def broadcast_(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
         """Overwrites `tensor` with the one of rank `source` and returns it."""
         if not self._alone:
             self._count(tensor)
-            self._finish(Pending(dist.broadcast(tensor, source, async_op=True), self.ledger, None), tensor)
+            self._finish(Pending(dist.broadcast(tensor, source, async_op=True), self, "broadcast", None), tensor)
         return tensor
 
     def max_of_floats(self, values: Sequence[float]) -> list[float]:
@@ -129,7 +152,7 @@ class Collectives:
         if self._alone:
             return [item]
         items: list[Any] | None = [None] * self.world.world_size if self.world.is_first else None
-        with self._blocked():
+        with self._blocked("gather objects"):
             dist.gather_object(item, items, dst=0)
         return items or []
 
@@ -138,7 +161,7 @@ class Collectives:
         if self._alone:
             return item
         items = [item]
-        with self._blocked():
+        with self._blocked("broadcast object"):
             dist.broadcast_object_list(items, src=0)
         return items[0]
 
@@ -179,20 +202,22 @@ class Collectives:
         return sorted(differences)[rounds // 2]
 
     def _start(
-        self, tensor: torch.Tensor, op: Any, finish: Callable[[], Any] | None = None, channel: Any = None
+        self, tensor: torch.Tensor, op: Any, name: str, finish: Callable[[], Any] | None = None, channel: Any = None
     ) -> Pending | None:
         if self._alone:
             return None
         self._count(tensor)
-        return Pending(dist.all_reduce(tensor, op, group=channel, async_op=True), self.ledger, finish)
+        return Pending(dist.all_reduce(tensor, op, group=channel, async_op=True), self, name, finish)
 
     def _finish(self, pending: Pending | None, tensor: torch.Tensor) -> torch.Tensor:
         if pending is not None:
             pending.wait()
         return tensor
 
-    def _blocked(self) -> AbstractContextManager[Any]:
-        return self.ledger.waiting(self.ledger.stamp())
+    @contextmanager
+    def _blocked(self, name: str) -> Iterator[None]:
+        with self.ledger.waiting(self.ledger.stamp()), self.watch.blocking(name):
+            yield
 
     def _count(self, tensor: torch.Tensor) -> None:
         self.ledger.add_bytes(WIRE, tensor.numel() * tensor.element_size())

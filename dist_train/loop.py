@@ -6,9 +6,9 @@ In short::
         for phase in phases that run at this step:
             for micro_batch in the rank's share of the global batch:
                 loss = sum(task.losses(phase, micro_batch)) / micro_batches
-                loss.backward()                      # gradients are exchanged as they become ready
+                strategy.backward(phase, loss)       # gradients are exchanged as they become ready
             strategy.finish(phase)                   # now they are the mean over the ranks
-            phase.optimizer.step()
+            strategy.optimizer_step(phase)
         clips_seen += batch_clips                    # the whole state of the loader and of the schedules
         every so often: log, evaluate, save
 
@@ -40,7 +40,7 @@ from dist_train.ledger.recorder import Recorder
 from dist_train.optimizers import set_learning_rate
 from dist_train.phases import Batch, Loader, Phase, Prediction, Task
 from dist_train.schedules import ScheduleConfig, learning_rate_factor
-from dist_train.strategies import Strategy, StrategyName
+from dist_train.strategies import Strategy
 from dist_train.strategies.base import BufferAverage
 
 logger = logging.getLogger(__name__)
@@ -56,10 +56,6 @@ class TrainingConfig:
     """Gradient accumulation: a rank's share of the batch is computed in this many parts."""
     epochs: float = 50.0
     """Passes over the training split."""
-    strategy: StrategyName = "allreduce"
-    """How gradients are exchanged: `allreduce` (Horovod-style, overlapped) or `ddp` (PyTorch's wrapper)."""
-    bucket_megabytes: float = 25.0
-    """Gradients are exchanged in buckets of about this size (10^6 bytes)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast: `auto` is bfloat16 where the GPU has it, float32 elsewhere."""
     batch_norm: BatchNormMode = "local"
@@ -94,8 +90,6 @@ class TrainingConfig:
                 found.append(f"training.{name} is {getattr(self, name)}: use 0 or more")
         if not 0 <= self.label_smoothing < 1:
             found.append(f"training.label_smoothing is {self.label_smoothing}: use a number from 0 to below 1")
-        if self.bucket_megabytes <= 0:
-            found.append(f"training.bucket_megabytes is {self.bucket_megabytes}: use a positive number")
         return found
 
 
@@ -253,8 +247,8 @@ class _Loop:
             self.buffers.finish()
             with ledger.row(rows.OPTIMIZER):
                 if config.clip_gradient_norm > 0:
-                    torch.nn.utils.clip_grad_norm_(phase.parameters(), config.clip_gradient_norm)
-                phase.optimizer.step()
+                    run.strategy.clip_gradients(phase, config.clip_gradient_norm)
+                run.strategy.optimizer_step(phase)
         with ledger.row(rows.OPTIMIZER):
             for average in self.averages.values():
                 average.update(config.batch_clips)
@@ -272,7 +266,7 @@ class _Loop:
             if last and self.config.batch_norm == "local":
                 self.buffers.start()
             with ledger.row(rows.BACKWARD):
-                loss.backward()
+                run.strategy.backward(phase, loss)
         prefix = f"{phase.name}/" if len(self.phases) > 1 else ""
         for key, value in found.items():
             name = prefix + key
@@ -382,21 +376,13 @@ class _Loop:
         self.logged_at = (time.perf_counter(), progress.clips_seen)
 
     def _state(self) -> dict[str, Any]:
-        phases = self.run_.task.phases
         return {
-            "modules": {phase.name: phase.module.state_dict() for phase in phases},
-            "optimizers": {phase.name: phase.optimizer.state_dict() for phase in phases},
+            **self.run_.strategy.state(self.run_.task.phases),
             "averages": {name: average.state_dict() for name, average in self.averages.items()},
         }
 
     def _restore(self, start: checkpoints.Checkpoint) -> None:
-        for phase in self.run_.task.phases:
-            phase.module.load_state_dict(start.state["modules"][phase.name])
-            # The checkpoint has the optimizer's state; its options are this run's, which may have been changed.
-            options = [{k: v for k, v in g.items() if k != "params"} for g in phase.optimizer.param_groups]
-            phase.optimizer.load_state_dict(start.state["optimizers"][phase.name])
-            for group, wanted in zip(phase.optimizer.param_groups, options, strict=True):
-                group.update(wanted)
+        self.run_.strategy.load_state(self.run_.task.phases, start.state)
         for name, average in self.averages.items():
             if name not in start.state["averages"]:
                 raise ValueError(f"{start.path} holds no weight averages: resume with --training.ema-half-life-clips 0")

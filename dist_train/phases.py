@@ -30,6 +30,8 @@ class Phase:
     """Holds exactly the parameters that this phase updates."""
     interval: int = 1
     """The phase runs at every step whose number is a multiple of this."""
+    double_backward: bool = False
+    """The phase's losses differentiate through a gradient (R1, path length); not every strategy can do that."""
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters this phase updates, in the order of its optimizer's groups."""

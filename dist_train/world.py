@@ -1,6 +1,7 @@
-"""Where this process stands in the job: one frozen `World`, made once by `launch`, passed as an argument.
+"""Where this process stands in the job: one frozen `World`, made once at the start, passed as an argument.
 
-No other module of `dist_train` asks `torch.distributed` for a rank and none reads the environment.
+`placement` reads it from the launcher's environment and `rendezvous` makes the process group; no other module asks
+`torch.distributed` for a rank or reads it from the environment.
 """
 
 from __future__ import annotations

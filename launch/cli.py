@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_shards.worker_process import start_worker_server
+from dist_train.placement import find_placement
 from launch import __version__
 from launch.console import set_up_logging
 from launch.errors import EXIT_USER, Failure, describe, write_failure
 from launch.local import FAILURES_FOLDER
 from launch.parsing import closest
-from launch.placement import find_placement
 
 COMMANDS = {
     "demo": ("the whole main job on the embedded data set", "launch.commands.demo"),

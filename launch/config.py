@@ -17,6 +17,7 @@ from dist_train.checkpoint import CheckpointConfig
 from dist_train.loop import TrainingConfig
 from dist_train.optimizers import SGDConfig
 from dist_train.schedules import ScheduleConfig
+from dist_train.strategies import ExchangeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,8 @@ class Experiment:
     """The learning rate over time."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The loop."""
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    """The exchange of gradients."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
@@ -95,9 +98,9 @@ def check(experiment: Experiment, *, world_size: int) -> None:
         ValueError: all problems in one message.
     """
     problems = []
-    for part in (experiment.optimizer, experiment.schedule, experiment.training, experiment.checkpoint):
-        problems += part.problems()
     training = experiment.training
+    for part in (experiment.optimizer, experiment.schedule, training, experiment.exchange, experiment.checkpoint):
+        problems += part.problems()
     parts = world_size * max(training.micro_batches, 1)
     if training.batch_clips % parts:
         lower, upper = training.batch_clips // parts * parts, -(-training.batch_clips // parts) * parts

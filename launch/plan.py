@@ -27,15 +27,15 @@ def plan(experiment: Experiment, *, world_size: int) -> dict[str, str]:
     parameters = list(model.parameters())
     sizes = [p.numel() * p.element_size() for p in parameters]
     order = list(reversed(range(len(parameters))))
-    buckets = plan_buckets(sizes, [p.dtype for p in parameters], order, int(training.bucket_megabytes * 1e6))
+    buckets = plan_buckets(sizes, [p.dtype for p in parameters], order, experiment.exchange.bucket_bytes)
     steps = steps_left(num_samples=len(splits.training), epochs=training.epochs, batch_clips=training.batch_clips)
     peak = linear_scaled(optimizer.base_learning_rate, optimizer.base_batch_clips, training.batch_clips)
-    copies = 3 + (world_size > 1 and training.strategy == "allreduce") + (training.ema_half_life_clips > 0)
+    copies = 3 + (world_size > 1 and experiment.exchange.strategy == "allreduce") + (training.ema_half_life_clips > 0)
     micro_batch = training.batch_clips // world_size // training.micro_batches
     return {
         "experiment": experiment.name,
         "model": f"{experiment.model.name}, {sum(p.numel() for p in parameters):,} parameters",
-        "processes": f"{world_size}, gradients by {training.strategy}" if world_size > 1 else "1",
+        "processes": f"{world_size}, gradients by {experiment.exchange.strategy}" if world_size > 1 else "1",
         "batch": f"{training.batch_clips} clips = {world_size} processes x {training.micro_batches} micro-batches x "
         f"{micro_batch} clips",
         "steps": f"{steps:,} = {training.epochs:g} epochs of {len(splits.training):,} clips",

@@ -26,6 +26,8 @@ from dist_train.ledger.recorder import Recorder
 from dist_train.ledger.rows import LOGGING
 from dist_train.loop import Outcome, Run, steps_left, train
 from dist_train.optimizers import make_sgd
+from dist_train.placement import Placement
+from dist_train.rendezvous import process_group
 from dist_train.schedules import linear_scaled
 from dist_train.strategies import make_strategy
 from dist_train.tasks.video_classification import VideoClassification
@@ -35,8 +37,6 @@ from launch.config import Experiment, to_plain
 from launch.console import ProgressLine
 from launch.model import make_model
 from launch.monitors import ConsoleMonitor, MetricsFile, WandbMonitor
-from launch.placement import Placement
-from launch.rendezvous import process_group
 from launch.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def _assemble(
         loader=loader,
         evaluation_loader=evaluation_loader,
         collectives=collectives,
-        strategy=make_strategy(training.strategy, collectives, bucket_megabytes=training.bucket_megabytes),
+        strategy=make_strategy(experiment.exchange, collectives),
         ledger=collectives.ledger,
         journal=journal,
         monitors=monitors,

@@ -7,34 +7,30 @@ module.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 from dist_train.collectives import Collectives
 from dist_train.strategies.allreduce import FusedAllreduce
 from dist_train.strategies.base import Strategy
+from dist_train.strategies.config import ExchangeConfig, StrategyName
 from dist_train.strategies.ddp import DistributedDataParallelStrategy
 
-StrategyName = Literal["allreduce", "ddp"]
+STRATEGIES: dict[str, Callable[[Collectives, ExchangeConfig], Strategy]] = {
+    "allreduce": FusedAllreduce,
+    "ddp": DistributedDataParallelStrategy,
+}
 
-STRATEGIES: dict[str, Callable[..., Strategy]] = {"allreduce": FusedAllreduce, "ddp": DistributedDataParallelStrategy}
 
-
-def make_strategy(name: StrategyName, collectives: Collectives, *, bucket_megabytes: float = 25.0) -> Strategy:
-    """The strategy called `name`.
-
-    Args:
-        name: a key of `STRATEGIES`.
-        collectives: what the ranks talk through.
-        bucket_megabytes: gradients are exchanged in buckets of about this size (10^6 bytes).
+def make_strategy(config: ExchangeConfig, collectives: Collectives) -> Strategy:
+    """The strategy that `config` names, talking through `collectives`.
 
     Raises:
-        ValueError: unknown name, or a bucket size that is not positive.
+        ValueError: unknown name, or values that do not fit together.
     """
-    if name not in STRATEGIES:
-        raise ValueError(f"strategy {name!r} is unknown: use one of {', '.join(STRATEGIES)}")
-    if bucket_megabytes <= 0:
-        raise ValueError(f"bucket_megabytes is {bucket_megabytes}: use a positive number (25 is usual)")
-    return STRATEGIES[name](collectives, bucket_bytes=int(bucket_megabytes * 1e6))
+    if config.strategy not in STRATEGIES:
+        raise ValueError(f"exchange.strategy is {config.strategy!r}: use one of {', '.join(STRATEGIES)}")
+    if problems := config.problems():
+        raise ValueError("; ".join(problems))
+    return STRATEGIES[config.strategy](collectives, config)
 
 
-__all__ = ["STRATEGIES", "Strategy", "StrategyName", "make_strategy"]
+__all__ = ["STRATEGIES", "ExchangeConfig", "Strategy", "StrategyName", "make_strategy"]

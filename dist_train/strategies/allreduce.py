@@ -22,7 +22,8 @@ from torch import nn
 
 from dist_train.collectives import Collectives, Pending
 from dist_train.phases import Phase
-from dist_train.strategies.base import broadcast_modules
+from dist_train.strategies.base import Replicated, broadcast_modules
+from dist_train.strategies.config import ExchangeConfig
 
 
 def plan_buckets(
@@ -169,7 +170,8 @@ class PhaseExchange:
             self._next += 1
 
     def _launch(self, bucket: _Bucket) -> None:
-        bucket.pending = self._collectives.start_mean_(bucket.flat, channel=self._channel)
+        name = f"{self._phase.name} bucket {self._buckets.index(bucket)}"
+        bucket.pending = self._collectives.start_mean_(bucket.flat, channel=self._channel, name=name)
         bucket.launched = True
 
     def _agree(self) -> tuple[list[bool], list[bool]]:
@@ -206,14 +208,14 @@ class PhaseExchange:
             )
 
 
-class FusedAllreduce:
+class FusedAllreduce(Replicated):
     """The strategy `allreduce`; see the module."""
 
     name = "allreduce"
 
-    def __init__(self, collectives: Collectives, *, bucket_bytes: int) -> None:
+    def __init__(self, collectives: Collectives, config: ExchangeConfig) -> None:
         self._collectives = collectives
-        self._bucket_bytes = bucket_bytes
+        self._bucket_bytes = config.bucket_bytes
         self._exchanges: dict[str, PhaseExchange] = {}
 
     def prepare(self, phases: Sequence[Phase]) -> list[Phase]:

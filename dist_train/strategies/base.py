@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -21,11 +21,16 @@ class Strategy(Protocol):
         for each micro-batch:
             with strategy.micro_batch(phase, synchronize=is_last):
                 loss = ...            # forward, any number of times
-                loss.backward()       # or several backwards
+                strategy.backward(phase, loss)      # or several backwards
         strategy.finish(phase)        # now every parameter's .grad is the mean over the ranks, the same bits on each
-        phase.optimizer.step()
+        strategy.clip_gradients(phase, max_norm)
+        strategy.optimizer_step(phase)
 
-    A parameter that no rank used keeps `grad=None`; one that some ranks used counts as zero on the others.
+    A parameter that no rank used keeps `grad=None`; one that some ranks used counts as zero on the others. Where a
+    strategy cannot do what a phase needs (`Phase.double_backward`), `prepare` says so in a ValueError.
+
+    Checkpoints have one form whatever the strategy, so that a run saved under one resumes under another: `state` gives
+    whole tensors under the names of the plain modules, and `load_state` takes them.
     """
 
     name: str
@@ -36,8 +41,67 @@ class Strategy(Protocol):
     def micro_batch(self, phase: Phase, *, synchronize: bool) -> AbstractContextManager[Any]:
         """Wraps forward and backward of one micro-batch; gradients are exchanged where `synchronize` is true."""
 
+    def backward(self, phase: Phase, loss: torch.Tensor) -> None:
+        """Differentiates `loss`, a scalar, with respect to the phase's parameters."""
+
     def finish(self, phase: Phase) -> None:
         """Blocks until the phase's gradients are the mean over the ranks."""
+
+    def clip_gradients(self, phase: Phase, max_norm: float) -> torch.Tensor:
+        """Scales the phase's gradient down to the 2-norm `max_norm` where it is longer; returns the norm before."""
+
+    def optimizer_step(self, phase: Phase) -> None:
+        """Updates the phase's parameters from their gradients."""
+
+    def state(self, phases: Sequence[Phase]) -> dict[str, Any]:
+        """`{"modules": {phase: state_dict}, "optimizers": {phase: state_dict}}`, whole, on the host or the device.
+
+        Every rank calls it; the result is complete on rank 0 and may be empty elsewhere.
+        """
+
+    def load_state(self, phases: Sequence[Phase], state: Mapping[str, Any]) -> None:
+        """Takes what `state` gave, under this or another strategy or world size. Every rank has all of it.
+
+        The optimizer's options (learning rate, momentum, ...) stay those of this run; its state is the checkpoint's.
+        """
+
+    def close(self) -> None:
+        """Lets go of hooks, threads and groups; the modules stay usable."""
+
+
+class Replicated:
+    """What the strategies with a whole copy of the model on each rank have in common."""
+
+    def backward(self, phase: Phase, loss: torch.Tensor) -> None:  # noqa: ARG002
+        """`loss.backward()`."""
+        loss.backward()
+
+    def clip_gradients(self, phase: Phase, max_norm: float) -> torch.Tensor:
+        """Every rank has the same gradient and clips it by itself."""
+        return torch.nn.utils.clip_grad_norm_(phase.parameters(), max_norm)
+
+    def optimizer_step(self, phase: Phase) -> None:
+        """Every rank makes the same update."""
+        phase.optimizer.step()
+
+    def state(self, phases: Sequence[Phase]) -> dict[str, Any]:
+        """Every rank has all of it."""
+        return {
+            "modules": {phase.name: phase.module.state_dict() for phase in phases},
+            "optimizers": {phase.name: phase.optimizer.state_dict() for phase in phases},
+        }
+
+    def load_state(self, phases: Sequence[Phase], state: Mapping[str, Any]) -> None:
+        """Every rank takes all of it."""
+        for phase in phases:
+            phase.module.load_state_dict(state["modules"][phase.name])
+            options = [{k: v for k, v in g.items() if k != "params"} for g in phase.optimizer.param_groups]
+            phase.optimizer.load_state_dict(state["optimizers"][phase.name])
+            for group, wanted in zip(phase.optimizer.param_groups, options, strict=True):
+                group.update(wanted)
+
+    def close(self) -> None:
+        """Nothing to let go of."""
 
 
 def broadcast_modules(phases: Sequence[Phase], collectives: Collectives) -> None:

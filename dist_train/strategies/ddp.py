@@ -19,16 +19,18 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_train.collectives import Collectives
 from dist_train.ledger.rows import WIRE
 from dist_train.phases import Phase
+from dist_train.strategies.base import Replicated
+from dist_train.strategies.config import ExchangeConfig
 
 
-class DistributedDataParallelStrategy:
-    """See the module. `bucket_bytes` is DDP's bucket cap."""
+class DistributedDataParallelStrategy(Replicated):
+    """See the module. `bucket_megabytes` is DDP's bucket cap."""
 
     name = "ddp"
 
-    def __init__(self, collectives: Collectives, *, bucket_bytes: int) -> None:
+    def __init__(self, collectives: Collectives, config: ExchangeConfig) -> None:
         self._collectives = collectives
-        self._bucket_bytes = bucket_bytes
+        self._bucket_bytes = config.bucket_bytes
         self._exposed: Any = None  # the ledger's row from the last bucket's launch to the end of backward
 
     def prepare(self, phases: Sequence[Phase]) -> list[Phase]:

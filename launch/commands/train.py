@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dist_train.placement import Placement, find_placement
 from launch.cli import say
 from launch.config import Experiment, check
 from launch.console import set_up_logging
@@ -17,7 +18,6 @@ from launch.errors import EXIT_STOPPED
 from launch.experiments import make_experiment
 from launch.local import die_with_parent, run_local
 from launch.parsing import parse
-from launch.placement import Placement, find_placement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ def _supervise(arguments: Sequence[str], job: _Job) -> int:
 
 def _run_rank(job: _Job) -> int:
     """Trains as one rank; rank 0 reports, unless a supervising process does."""
-    from launch.rendezvous import make_world
+    from dist_train.rendezvous import make_world
     from launch.training import run_rank
 
     command, run_dir, supervised = job.command, job.run_dir, job.placement.launcher == "local"

@@ -20,7 +20,7 @@ def run_facts(run: RunData) -> list[tuple[str, str]]:
         ("World", _world(run)),
         ("Batch", _batch(run)),
         ("Trained", _trained(run)),
-        ("Strategy", run.setting("training", "strategy")),
+        ("Strategy", run.setting("exchange", "strategy")),
         ("Precision", run.setting("training", "precision")),
         ("Data", run.setting("data", "root")),
         ("Versions", _versions(run)),

@@ -15,6 +15,7 @@ from dist_train.collectives import Collectives
 from dist_train.journal import Journal, certify
 from dist_train.ledger import Ledger
 from dist_train.loop import TrainingConfig, step_seed, steps_left, train
+from dist_train.strategies import ExchangeConfig
 from dist_train.world import World
 from tests.dist_train.toy import NUM_SAMPLES, only_phase, parameters_of, toy_run
 from tests.ranks import run_ranks
@@ -169,19 +170,20 @@ def test_the_loss_falls_and_metrics_say_where_the_run_stands(tmp_path):
     assert metrics[0]["learning_rate"] > 0
 
 
-def _train_with_ledger(world, folder, training):
+def _train_with_ledger(world, folder, training, exchange):
     path = Path(folder) / "ledger" / f"rank_{world.rank:05d}.jsonl"
     ledger = Ledger(path, identity={"rank": world.rank})
     metrics = Metrics()
-    train(toy_run(world, Path(folder), training, ledger=ledger, monitors=(metrics,)))
+    train(toy_run(world, Path(folder), training, exchange=exchange, ledger=ledger, monitors=(metrics,)))
     ledger.end("ok")
     return [json.loads(line) for line in path.read_text().splitlines()], list(metrics)
 
 
 @pytest.mark.parametrize("strategy", ["allreduce", "ddp"])
 def test_the_ledger_of_a_run_closes_on_every_rank(tmp_path, strategy):
-    training = TrainingConfig(batch_clips=12, epochs=4, strategy=strategy, log_every_steps=3)
-    for lines, metrics in run_ranks(_train_with_ledger, 2, tmp_path, training):
+    training = TrainingConfig(batch_clips=12, epochs=4, log_every_steps=3)
+    exchange = ExchangeConfig(strategy=strategy)
+    for lines, metrics in run_ranks(_train_with_ledger, 2, tmp_path, training, exchange):
         spans = [line for line in lines if line["kind"] == "span"]
         assert [span["name"] for span in spans].count("step") == 16
         for span in spans:

@@ -12,7 +12,7 @@ from dist_train.batch_norm import apply_batch_norm_mode
 from dist_train.collectives import Collectives
 from dist_train.loop import TrainingConfig, train
 from dist_train.phases import Phase
-from dist_train.strategies import STRATEGIES, make_strategy
+from dist_train.strategies import STRATEGIES, ExchangeConfig, make_strategy
 from dist_train.strategies.allreduce import plan_buckets
 from dist_train.world import World
 from tests.dist_train.toy import parameters_of, toy_run
@@ -21,8 +21,8 @@ from tests.ranks import run_ranks
 SMALL_BUCKETS = 0.0005  # megabytes: several buckets even for a toy model
 
 
-def _train_twenty_steps(world, folder, training):
-    run = toy_run(world, Path(folder), training)
+def _train_twenty_steps(world, folder, training, exchange):
+    run = toy_run(world, Path(folder), training, exchange=exchange)
     train(run)
     return parameters_of(run)
 
@@ -36,14 +36,13 @@ def test_twenty_steps_on_w_ranks_equal_one_process_with_the_whole_batch(
     training = TrainingConfig(
         batch_clips=12,
         epochs=5,
-        strategy=strategy,
         batch_norm=batch_norm,
         micro_batches=micro_batches if batch_norm == "frozen" else 1,
-        bucket_megabytes=SMALL_BUCKETS,
         evaluate_every_epochs=0,
     )
-    alone = run_ranks(_train_twenty_steps, 1, tmp_path / "one", training)[0]
-    ranks = run_ranks(_train_twenty_steps, world_size, tmp_path / "many", training)
+    exchange = ExchangeConfig(strategy=strategy, bucket_megabytes=SMALL_BUCKETS)
+    alone = run_ranks(_train_twenty_steps, 1, tmp_path / "one", training, exchange)[0]
+    ranks = run_ranks(_train_twenty_steps, world_size, tmp_path / "many", training, exchange)
     for name, expected in alone.items():
         torch.testing.assert_close(ranks[0][name], expected, rtol=0, atol=1e-5, msg=name)
         for other in ranks[1:]:
@@ -51,7 +50,9 @@ def test_twenty_steps_on_w_ranks_equal_one_process_with_the_whole_batch(
 
 
 def _train_local_norm(world, folder, strategy):
-    run = toy_run(world, Path(folder), TrainingConfig(batch_clips=12, epochs=1, strategy=strategy))
+    run = toy_run(
+        world, Path(folder), TrainingConfig(batch_clips=12, epochs=1), exchange=ExchangeConfig(strategy=strategy)
+    )
     train(run)
     return parameters_of(run)
 
@@ -80,7 +81,7 @@ def _step_with_branches(world, steps):
     """Steps of `allreduce` in which each rank uses its own branches; the gradients after each step."""
     model = _Branches().double()
     phase = Phase(name="p", module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
-    strategy = make_strategy("allreduce", Collectives(world), bucket_megabytes=0.0001)
+    strategy = make_strategy(ExchangeConfig(bucket_megabytes=0.0001), Collectives(world))
     (phase,) = strategy.prepare([phase])
     found = []
     for number, used_by_rank in enumerate(steps):
@@ -132,7 +133,7 @@ def _one_head_of_two(world):
     )
     apply_batch_norm_mode(model, "synchronized", collectives)
     phase = Phase(name="p", module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
-    strategy = make_strategy("allreduce", collectives, bucket_megabytes=0.00005)
+    strategy = make_strategy(ExchangeConfig(bucket_megabytes=0.00005), collectives)
     strategy.prepare([phase])
     for step in range(3):
         phase.optimizer.zero_grad()
@@ -155,7 +156,7 @@ def _gradient_penalty(world):
     torch.manual_seed(5)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
     phase = Phase(name="d_reg", module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
-    strategy = make_strategy("allreduce", Collectives(world), bucket_megabytes=0.0001)
+    strategy = make_strategy(ExchangeConfig(bucket_megabytes=0.0001), Collectives(world))
     strategy.prepare([phase])
     inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     share = inputs.chunk(world.world_size)[world.rank].requires_grad_()
@@ -192,4 +193,4 @@ def test_buckets_hold_every_parameter_once_and_only_one_dtype():
 @pytest.mark.parametrize("name,megabytes,words", [("horovod", 25.0, "allreduce, ddp"), ("ddp", 0.0, "positive")])
 def test_a_wrong_strategy_names_what_there_is(name, megabytes, words):
     with pytest.raises(ValueError, match=words):
-        make_strategy(name, Collectives(World()), bucket_megabytes=megabytes)
+        make_strategy(ExchangeConfig(strategy=name, bucket_megabytes=megabytes), Collectives(World()))

@@ -21,7 +21,7 @@ from dist_train.loop import Run, TrainingConfig
 from dist_train.optimizers import SGDConfig, make_sgd
 from dist_train.phases import Phase
 from dist_train.schedules import ScheduleConfig
-from dist_train.strategies import make_strategy
+from dist_train.strategies import ExchangeConfig, make_strategy
 from dist_train.tasks.video_classification import VideoClassification
 from dist_train.world import World
 
@@ -120,6 +120,7 @@ def toy_run(
     run_dir: Path,
     training: TrainingConfig,
     *,
+    exchange: ExchangeConfig | None = None,
     ledger: Recorder | None = None,
     checkpoint: CheckpointConfig | None = None,
     journal: Journal | None = None,
@@ -138,7 +139,7 @@ def toy_run(
         loader=loader,
         evaluation_loader=loader,
         collectives=collectives,
-        strategy=make_strategy(training.strategy, collectives, bucket_megabytes=training.bucket_megabytes),
+        strategy=make_strategy(exchange or ExchangeConfig(), collectives),
         ledger=collectives.ledger,
         journal=journal,
         monitors=monitors,

@@ -31,7 +31,7 @@ def _refused(capsys, *arguments: object) -> str:
         (["train", "nowhere.module:function"], "cannot be imported: No module named 'nowhere'"),
         (["train", "motion_tsm", "--optimzer.momentum", "0.8"], "did you mean --optimizer.momentum?"),
         (["train", "motion_tsm", "--training.epochs", "many"], "--training.epochs: could not convert"),
-        (["train", "motion_tsm", "--training.strategy", "horovod"], "invalid choice 'horovod'"),
+        (["train", "motion_tsm", "--exchange.strategy", "horovod"], "invalid choice 'horovod'"),
         (["train", "motion_tsm", "--nproc", "0"], "--nproc is 0"),
         (["train", "motion_tsm", "--training.micro-batches", "0"], "training.micro_batches is 0"),
         (["train", "motion_tsm", "--training.epochs", "inf"], "training.epochs is inf"),

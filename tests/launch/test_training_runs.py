@@ -98,7 +98,7 @@ def test_twenty_steps_on_two_processes_are_those_of_one_with_the_whole_batch(tmp
     expected = final_state(tmp_path / "one")
     for strategy in ("allreduce", "ddp"):
         folder = tmp_path / strategy
-        succeeded(_train(folder, small, *flags, f"--training.strategy={strategy}", nproc=2))
+        succeeded(_train(folder, small, *flags, f"--exchange.strategy={strategy}", nproc=2))
         assert (folder / "checkpoints" / "latest").read_text() == "step_00000020\n"
         for name, value in final_state(folder).items():
             if not name.startswith("momentum."):

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from dist_train.placement import Placement
 from dist_train.world import World
-from launch.placement import Placement
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launch.placement import Placement, find_placement, first_host
+from dist_train.placement import Placement, find_placement, first_host
 
 TORCHRUN = {
     "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1", "GROUP_WORLD_SIZE":
