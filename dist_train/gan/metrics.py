@@ -27,6 +27,19 @@ class Moments:
     covariance: Tensor
     """Covariance, divided by `num_samples - 1`."""
 
+    @classmethod
+    def of_sums(cls, name: str, num_samples: int, total: Tensor, outer: Tensor) -> Moments:
+        """From the sum `[D]` and the sum of outer products `[D, D]` over the samples, in float64.
+
+        Raises:
+            ValueError: fewer than two samples.
+        """
+        if num_samples < 2:
+            raise ValueError(f"FID needs at least two samples, got {num_samples}")
+        mean = total.cpu() / num_samples
+        covariance = (outer.cpu() - num_samples * torch.outer(mean, mean)) / (num_samples - 1)
+        return cls(name=name, num_samples=num_samples, mean=mean, covariance=covariance)
+
 
 class MomentMeter:
     """Adds up features batch by batch; `moments` adds up the ranks. Memory: D² + D numbers in float64."""
@@ -45,19 +58,10 @@ class MomentMeter:
         self._sums[1 + self._size :] += (values.T @ values).flatten()
 
     def moments(self, collectives: Collectives) -> Moments:
-        """Moments over all ranks, the same on each. Every rank calls it.
-
-        Raises:
-            ValueError: fewer than two samples on all ranks together.
-        """
-        sums = collectives.sum_(self._sums.clone()).cpu()
-        count = int(sums[0])
-        if count < 2:
-            raise ValueError(f"FID needs at least two samples, got {count}")
-        mean = sums[1 : 1 + self._size] / count
-        second = sums[1 + self._size :].view(self._size, self._size)
-        covariance = (second - count * torch.outer(mean, mean)) / (count - 1)
-        return Moments(name=self._name, num_samples=count, mean=mean, covariance=covariance)
+        """Moments over all ranks, the same on each; ValueError below two samples. Every rank calls it."""
+        sums = collectives.sum_(self._sums.clone())
+        total, outer = sums[1 : 1 + self._size], sums[1 + self._size :].view(self._size, self._size)
+        return Moments.of_sums(self._name, int(sums[0]), total, outer)
 
 
 def frechet_distance(one: Moments, other: Moments) -> float:
