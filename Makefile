@@ -19,7 +19,7 @@ test-cluster: $(STAMP)
 
 cluster-packages:
 	apt-get update -q
-	apt-get install -q -y --no-install-recommends slurmctld slurmd slurm-client slurm-wlm-basic-plugins
+	apt-get install -q -y --no-install-recommends slurmctld slurmd slurm-client slurm-wlm-basic-plugins iproute2
 
 check: lint types test wheel
 
@@ -41,7 +41,7 @@ wheel: $(STAMP)
 $(STAMP): setup.cfg constraints.txt
 	@echo "making $(VENV) and installing the pinned packages: one to two minutes, more on a slow line"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,mpi]' setuptools
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,mpi,deepspeed]' setuptools
 	touch $(STAMP)
 
 clean:

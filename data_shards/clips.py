@@ -3,6 +3,7 @@
 clip, costs = read_clip(open_manifest("packed/train"), 5, clip=ClipConfig(), training=False)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
@@ -10,6 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from data_shards.activity import AUGMENTING, DECODING, READING
 from data_shards.decode import Video
 from data_shards.errors import DataError
 from data_shards.manifest import Manifest
@@ -81,6 +83,7 @@ def read_clip(
     epoch: int = 0,
     reader: ShardReader | None = None,
     out: torch.Tensor | None = None,
+    begins: Callable[[int], None] | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """One clip, and what it cost (`COST_NAMES`).
 
@@ -88,6 +91,7 @@ def read_clip(
         training: random frames, crop and flip, drawn from (seed, epoch, sample_id) only; otherwise centered.
         reader: keeps shards open between calls.
         out: uint8 (T, H, W, C), contiguous, to be written to.
+        begins: called as each stage begins (`data_shards.activity.READING`, ...).
 
     Returns the clip as uint8 (T, C, H, W) with channels-last storage; a view of `out` where given.
 
@@ -96,12 +100,15 @@ def read_clip(
     """
     if out is None:
         out = torch.empty((clip.num_segments, clip.crop_size, clip.crop_size, 3), dtype=torch.uint8)
+    begins = begins or _nobody_asks
+    begins(READING)
     started = perf_counter()
     if reader is None:
         with ShardReader(manifest) as own_reader:
             payload = own_reader.read(sample_id)
     else:
         payload = reader.read(sample_id)
+    begins(DECODING)
     read_done = perf_counter()
     generator = sample_generator(seed, epoch, sample_id) if training else None
     try:
@@ -109,6 +116,7 @@ def read_clip(
         decoded = video.decode(clip.frame_numbers(video.num_frames, generator))
     except DataError as error:
         raise DataError(f"{describe_sample(manifest, sample_id)}: {error}") from error
+    begins(AUGMENTING)
     decode_done = perf_counter()
     frames = torch.from_numpy(decoded.frames)
     if generator is None:
@@ -132,3 +140,7 @@ def read_clip(
         "augment_seconds": perf_counter() - decode_done,
     }
     return out.permute(0, 3, 1, 2), costs
+
+
+def _nobody_asks(_stage: int) -> None:
+    """The default of `begins`."""

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader
 
+from data_shards.activity import WorkerActivity
 from data_shards.batch import Batch
 from data_shards.clips import ClipConfig
 from data_shards.manifest import Manifest
@@ -115,8 +116,10 @@ class ClipLoader:
             on_bad_sample=loader.on_bad_sample,
         )
         workers = loader.num_workers
+        context = worker_context() if workers else None
+        self._activity = WorkerActivity(workers, context)
         self._data_loader: DataLoader[Any] = DataLoader(
-            BatchMaker(manifest, clip=clip, stream=stream),
+            BatchMaker(manifest, clip=clip, stream=stream, activity=self._activity),
             batch_size=None,
             sampler=self._requests,
             num_workers=workers,
@@ -124,7 +127,7 @@ class ClipLoader:
             pin_memory=pin_memory and torch.cuda.is_available(),
             prefetch_factor=loader.prefetch_batches if workers else None,
             persistent_workers=workers > 0,
-            multiprocessing_context=worker_context() if workers else None,
+            multiprocessing_context=context,
             worker_init_fn=start_worker if workers else None,
             generator=torch.Generator(),  # else each stream would draw from PyTorch's global random numbers
         )
@@ -170,6 +173,10 @@ class ClipLoader:
             Request(start, min(self._batch_clips, part.stop - start), training=False)
             for start in range(part.start, part.stop, self._batch_clips)
         )
+
+    def doing(self) -> str:
+        """What a worker is at for longest now ("" where nobody is): sample, shard and key. Any thread may ask."""
+        return self._activity.describe(self.manifest)
 
     def close(self) -> None:
         """End the worker processes. A stream that is under way ends with a RuntimeError."""

@@ -6,6 +6,7 @@ the worker's last batch to the end of this one, `read + decode + augment + idle 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Literal, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from data_shards.activity import IDLE, WorkerActivity
 from data_shards.clips import COST_NAMES, ClipConfig, read_clip
 from data_shards.errors import DataError
 from data_shards.manifest import Manifest
@@ -53,14 +55,17 @@ class Failure(NamedTuple):
 
 
 class BatchMaker(Dataset):
-    """Makes batches of one manifest; `maker[request]` is a dict of arrays, or a `Failure`.
+    """Makes batches of one manifest; `maker[request]` is a dict of arrays, or a `Failure`. `activity` shows the work.
 
     The dict: clips (uint8 tensor BTHWC, in shared memory in a worker), labels, weights, sample_ids, positions (arrays
     of length B), costs (dict), skipped (list of lines).
     """
 
-    def __init__(self, manifest: Manifest, *, clip: ClipConfig, stream: StreamConfig) -> None:
+    def __init__(
+        self, manifest: Manifest, *, clip: ClipConfig, stream: StreamConfig, activity: WorkerActivity | None = None
+    ) -> None:
         self.manifest = manifest
+        self.activity = activity or WorkerActivity(0, None)
         self.clip = clip
         self.stream = stream
         self._reader: ShardReader | None = None
@@ -83,6 +88,8 @@ class BatchMaker(Dataset):
         weights = np.ones(request.num_clips, dtype=np.float32)
         costs = dict.fromkeys(COST_NAMES, 0.0)
         skipped: list[str] = []
+        info = get_worker_info()
+        note, worker = self.activity.note, 0 if info is None else info.id
         for place, sample_id in enumerate(sample_ids.tolist()):
             try:
                 _, clip_costs = read_clip(
@@ -94,6 +101,7 @@ class BatchMaker(Dataset):
                     epoch=int(positions[place]) // len(self.manifest) if request.training else 0,
                     reader=self._reader,
                     out=clips[place],
+                    begins=partial(note, worker, sample_id),
                 )
             except DataError as error:
                 if self.stream.on_bad_sample == "raise":
@@ -106,6 +114,7 @@ class BatchMaker(Dataset):
             else:
                 for name, value in clip_costs.items():
                     costs[name] += value
+        note(worker, 0, IDLE)
         return {
             "clips": clips,
             "labels": self.manifest.samples["label"][sample_ids].astype(np.int64),

@@ -54,16 +54,19 @@ def evaluate(
         for layer in layers:
             layer.training = True
 
-    names = sorted({name for part in _everywhere(collectives, sorted(totals)) for name in part})
-    if not names:
+    own = {name: tuple(value.shape) for name, value in totals.items()}
+    shapes = {name: shape for part in _everywhere(collectives, own) for name, shape in sorted(part.items())}
+    if not shapes:
         raise ValueError("evaluation saw no sample: the split is empty")
-    values = torch.stack([totals.get(name, torch.zeros((), device=device, dtype=torch.float64)) for name in names])
-    collectives.sum_(values)
-    summary = task.summarize(dict(zip(names, values.tolist(), strict=True)))
+    nothing = {name: torch.zeros(shape, device=device, dtype=torch.float64) for name, shape in shapes.items()}
+    flat = torch.cat([totals.get(name, nothing[name]).flatten() for name in shapes])
+    parts = collectives.sum_(flat, name="evaluation").cpu().split([value.numel() for value in nothing.values()])
+    sums = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    summary = task.summarize({name: part if part.ndim else part.item() for name, part in sums.items()})
     gathered = [row for part in collectives.gather_objects(predictions) for row in part]
     return summary, sorted(gathered, key=lambda row: row.sample_id)
 
 
-def _everywhere(collectives: Collectives, names: list[str]) -> list[list[str]]:
-    """Every rank's list on every rank: a rank without a sample does not know the names of the sums."""
-    return collectives.broadcast_object(collectives.gather_objects(names))
+def _everywhere(collectives: Collectives, shapes: dict[str, tuple[int, ...]]) -> list[dict[str, tuple[int, ...]]]:
+    """Every rank's shapes on every rank: a rank without a sample does not know what the sums are."""
+    return collectives.broadcast_object(collectives.gather_objects(shapes))

@@ -5,7 +5,7 @@ In short::
     while clips_seen < total_clips:
         for phase in phases that run at this step:
             for micro_batch in the rank's share of the global batch:
-                loss = sum(task.losses(phase, micro_batch)) / micro_batches
+                loss = sum(task.losses(phase, micro_batch)) / micro_batches      # or by the clips that count
                 strategy.backward(phase, loss)       # gradients are exchanged as they become ready
             strategy.finish(phase)                   # now they are the mean over the ranks
             strategy.optimizer_step(phase)
@@ -30,7 +30,8 @@ from typing import Any, Literal, Protocol
 import torch
 
 from dist_train import checkpoint as checkpoints
-from dist_train.batch_norm import BatchNormMode, set_training
+from dist_train.accounts import Accounts
+from dist_train.batch_norm import BatchNormMode, set_training, statistics_anew
 from dist_train.collectives import Collectives
 from dist_train.ema import WeightAverage
 from dist_train.evaluation import evaluate
@@ -39,6 +40,7 @@ from dist_train.ledger import rows
 from dist_train.ledger.recorder import Recorder
 from dist_train.optimizers import set_learning_rate
 from dist_train.phases import Batch, Loader, Phase, Prediction, Task
+from dist_train.recompute import Recomputation
 from dist_train.schedules import ScheduleConfig, learning_rate_factor
 from dist_train.strategies import Strategy
 from dist_train.strategies.base import BufferAverage
@@ -59,11 +61,18 @@ class TrainingConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast: `auto` is bfloat16 where the GPU has it, float32 elsewhere."""
     batch_norm: BatchNormMode = "local"
-    """Statistics of each rank's micro-batch (`local`), of all ranks (`synchronized`), or `frozen`."""
+    """Statistics of each rank's micro-batch (`local`), of groups of clips in it (`ghost`), or of all ranks
+    (`synchronized`); `partial` freezes all layers but the first, `frozen` all of them."""
+    ghost_batch_clips: int = 8
+    """Clips of one group of `ghost` batch norm."""
+    precise_batch_norm_clips: int = 0
+    """Before each evaluation, take the running statistics anew from at least so many training clips; 0: do not."""
     channels_last: bool = True
     """Keep images and weights in channels-last memory layout."""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes."""
+    activation_checkpointing: Recomputation = "off"
+    """`blocks`: keep only the inputs of the model's repeated blocks and compute the rest again in the backward pass."""
     clip_gradient_norm: float = 0.0
     """Clip each phase's gradient to this norm; 0: do not."""
     ema_half_life_clips: float = 0.0
@@ -80,12 +89,17 @@ class TrainingConfig:
     def problems(self) -> list[str]:
         """What is wrong with these values, one line each."""
         found = []
-        for name in ("batch_clips", "micro_batches", "log_every_steps"):
+        for name in ("batch_clips", "micro_batches", "log_every_steps", "ghost_batch_clips"):
             if getattr(self, name) < 1:
                 found.append(f"training.{name} is {getattr(self, name)}: use 1 or more")
         if not 0 < self.epochs < math.inf:
             found.append(f"training.epochs is {self.epochs}: use a positive, finite number")
-        for name in ("clip_gradient_norm", "ema_half_life_clips", "evaluate_every_epochs"):
+        for name in (
+            "clip_gradient_norm",
+            "ema_half_life_clips",
+            "evaluate_every_epochs",
+            "precise_batch_norm_clips",
+        ):
             if getattr(self, name) < 0:
                 found.append(f"training.{name} is {getattr(self, name)}: use 0 or more")
         if not 0 <= self.label_smoothing < 1:
@@ -141,6 +155,10 @@ class Run:
     checkpoint: checkpoints.CheckpointConfig
     checkpoint_meta: Mapping[str, Any]
     evaluation_split: str
+    statistics_loader: Loader | None = None
+    """A second loader of the training split, for `precise_batch_norm_clips`."""
+    weighted: bool = False
+    """Clips may have weights other than 1 (samples that were skipped): the ranks agree on the sum at each step."""
     stop_requested: Callable[[], bool] = lambda: False
     on_step: Callable[[int], None] = lambda _: None
     """Called after every step on every rank (progress, fault injection)."""
@@ -171,11 +189,12 @@ class _Loop:
     def __init__(self, run: Run, start: checkpoints.Checkpoint | None) -> None:
         self.run_, self.config, self.world = run, run.training, run.collectives.world
         self.progress = Progress()
+        self.accounts = Accounts(run.collectives, run.ledger)
         self.phases = run.strategy.prepare(run.task.phases)
         self.buffers = BufferAverage(run.task.phases, run.collectives)
         half_life = self.config.ema_half_life_clips
         self.averages = {
-            phase.name: WeightAverage(phase.module, half_life_clips=half_life)
+            phase.name: WeightAverage(run.strategy.weights(phase), half_life_clips=half_life)
             for phase in run.task.phases
             if half_life > 0
         }
@@ -190,7 +209,10 @@ class _Loop:
             clips_seen=self.progress.clips_seen,
         )
         self.losses: list[dict[str, torch.Tensor]] = []
+        self.counted = 0.0  # the step's sum of weights on this rank
         self.logged_at = (time.perf_counter(), self.progress.clips_seen)
+        self.activity = run.collectives.watch.activity
+        self.activity.loader = getattr(run.loader, "doing", None)
 
     def run(self) -> Outcome:
         run, progress = self.run_, self.progress
@@ -213,6 +235,7 @@ class _Loop:
                 evaluation, predictions = self._evaluate()
             if saving or stopped:
                 self._save()
+        self.accounts.close()
         return Outcome(
             step=progress.step,
             clips_seen=progress.clips_seen,
@@ -225,8 +248,12 @@ class _Loop:
 
     def _step(self, batches: Iterator[Batch]) -> None:
         run, config, ledger, step = self.run_, self.config, self.run_.ledger, self.progress.step
+        self.activity.step = step
         torch.manual_seed(step_seed(config.seed, step, self.world.rank))
+        run.strategy.step_begins(self.progress.clips_seen / self.clips_per_epoch)
+        self.counted = 0.0
         micro_batches = [self._next_batch(batches) for _ in range(config.micro_batches)]
+        counted = self._counted_by_all()
         factor = learning_rate_factor(
             run.schedule,
             clips_seen=self.progress.clips_seen,
@@ -238,10 +265,12 @@ class _Loop:
         for phase in self.phases:
             if step % phase.interval:
                 continue
+            self.activity.phase = phase.name
             set_learning_rate(phase.optimizer, factor)
             phase.optimizer.zero_grad(set_to_none=True)
             for number, batch in enumerate(micro_batches, start=1):
-                self._accumulate(phase, batch, losses, last=number == len(micro_batches))
+                parts = config.micro_batches if counted is None else counted / (len(batch) * self.world.world_size)
+                self._accumulate(phase, batch, losses, parts=parts, last=number == len(micro_batches))
             with ledger.row(rows.BACKWARD):
                 run.strategy.finish(phase)
             self.buffers.finish()
@@ -249,34 +278,46 @@ class _Loop:
                 if config.clip_gradient_norm > 0:
                     run.strategy.clip_gradients(phase, config.clip_gradient_norm)
                 run.strategy.optimizer_step(phase)
+        self.activity.phase = ""
         with ledger.row(rows.OPTIMIZER):
             for average in self.averages.values():
                 average.update(config.batch_clips)
+            if run.strategy.step_ends():
+                self._average_the_rest()
         self.losses.append(losses)
         self.progress.step += 1
         self.progress.clips_seen += config.batch_clips
 
-    def _accumulate(self, phase: Phase, batch: Batch, losses: dict[str, torch.Tensor], *, last: bool) -> None:
-        """Forward and backward of one micro-batch; adds its share to `losses`."""
+    def _counted_by_all(self) -> float | None:
+        """The sum of the step's weights over the ranks; None where every clip counts, infinite where none does."""
+        if not self.run_.weighted:
+            return None
+        return float(self.run_.collectives.sum_(torch.tensor([self.counted], dtype=torch.float64))) or math.inf
+
+    def _accumulate(
+        self, phase: Phase, batch: Batch, losses: dict[str, torch.Tensor], *, parts: float, last: bool
+    ) -> None:
+        """Forward and backward of one micro-batch, one of `parts` in size; adds its share to `losses`."""
         run, ledger = self.run_, self.run_.ledger
         with run.strategy.micro_batch(phase, synchronize=last):
             with ledger.row(rows.FORWARD), self.autocast():
                 found = run.task.losses(phase, batch)
-                loss = torch.stack(list(found.values())).sum() / self.config.micro_batches
-            if last and self.config.batch_norm == "local":
+                loss = torch.stack(list(found.values())).sum() / parts
+            if last and run.strategy.exchanges and self.config.batch_norm in ("local", "ghost", "partial"):
                 self.buffers.start()
             with ledger.row(rows.BACKWARD):
                 run.strategy.backward(phase, loss)
         prefix = f"{phase.name}/" if len(self.phases) > 1 else ""
         for key, value in found.items():
             name = prefix + key
-            share = value.detach() / self.config.micro_batches
+            share = value.detach() / parts
             losses[name] = losses[name] + share if name in losses else share
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch:
         run, ledger = self.run_, self.run_.ledger
         with ledger.row(rows.LOADER_WAIT):
             batch = next(batches)
+        self.counted += float(batch.weights.sum()) if run.weighted else 0.0
         costs = dict(batch.costs)
         own = {row: costs.get(f"{row}_seconds", 0.0) for row in (rows.READ, rows.DECODE, rows.AUGMENT)}
         if costs.get("worker", -1) < 0:  # the rank read this batch by itself, just now
@@ -309,7 +350,7 @@ class _Loop:
     def _log(self) -> bool:
         """Writes metrics and ledger since the last log; True when any rank was asked to stop."""
         run, ledger, progress = self.run_, self.run_.ledger, self.progress
-        spans = ledger.flush(run.collectives.max_of_floats)
+        spans = ledger.flush(run.collectives)
         with ledger.row(rows.LOGGING, absorb=True):
             losses = self._mean_losses()
             now, before = time.perf_counter(), self.logged_at
@@ -321,7 +362,10 @@ class _Loop:
                 "learning_rate": float(self.phases[0].optimizer.param_groups[0]["lr"]),
                 "clips_per_second": (progress.clips_seen - before[1]) / max(now - before[0], 1e-9),
                 "ledger": _seconds_a_step(spans),
+                **self.accounts.at_log(spans),
             }
+            if figures := run.strategy.figures():
+                metrics["exchange"] = figures
             self._send(metrics)
             if not math.isfinite(metrics["loss"]):
                 raise RuntimeError(
@@ -329,22 +373,26 @@ class _Loop:
                     "lower optimizer.base_learning_rate or lengthen schedule.warmup_epochs, then --resume from the "
                     "last checkpoint"
                 )
-            return run.collectives.any(run.stop_requested())
+            return run.collectives.any(run.stop_requested(), name="stop requested")
 
     def _mean_losses(self) -> dict[str, float]:
         """Means over the steps since the last log and over the ranks: the one place that waits for the device."""
         names = sorted({name for step in self.losses for name in step})
         means = torch.stack([torch.stack([step[n] for step in self.losses if n in step]).mean() for n in names])
-        means = self.run_.collectives.sum_(means.float()) / self.world.world_size
+        means = self.run_.collectives.sum_(means.float(), name="losses") / self.world.world_size
         self.losses = []
         return dict(zip(names, means.tolist(), strict=True))
 
     def _evaluate(self) -> tuple[dict[str, float], list[Prediction]]:
         run, ledger = self.run_, self.run_.ledger
+        self._settle()
         with ledger.row(rows.EVALUATION, absorb=True):
+            self.activity.loader = getattr(run.evaluation_loader, "doing", None)
             with ExitStack() as averaged:
                 for average in self.averages.values():
                     averaged.enter_context(average.in_place())
+                self._take_statistics_anew()
+                averaged.enter_context(run.strategy.evaluating(run.task.phases))
                 summary, predictions = evaluate(
                     run.task,
                     run.evaluation_loader.evaluation_batches(),
@@ -352,17 +400,37 @@ class _Loop:
                     autocast=self.autocast,
                     on_batch=run.on_evaluation_batch,
                 )
+            self.activity.loader = getattr(run.loader, "doing", None)
             self._send({**self._place(), "evaluation": {"split": run.evaluation_split, **summary}})
         ledger.close_span("evaluation", step=self.progress.step, clips_seen=self.progress.clips_seen)
         self.logged_at = (time.perf_counter(), self.progress.clips_seen)
         return summary, predictions
 
+    @torch.no_grad()
+    def _take_statistics_anew(self) -> None:
+        """Precise batch norm, on the clips that come next in the stream: a function of where the run stands."""
+        config, loader = self.config, self.run_.statistics_loader
+        if loader is None or config.precise_batch_norm_clips == 0:
+            return
+        start = self.progress.clips_seen
+        stop = start + math.ceil(config.precise_batch_norm_clips / config.batch_clips) * config.batch_clips
+        with ExitStack() as taken:
+            phases = {id(phase.module): phase for phase in self.phases if not phase.double_backward}.values()
+            for phase in phases:
+                taken.enter_context(statistics_anew(phase.module, self.run_.collectives))
+            for batch in loader.batches(start, stop):
+                moved = batch.to(self.world.device, non_blocking=True)
+                for phase in phases:
+                    with self.autocast():
+                        self.run_.task.losses(phase, moved)
+
     def _save(self) -> None:
         run, ledger, progress = self.run_, self.run_.ledger, self.progress
+        self._settle()
         with ledger.row(rows.CHECKPOINT, absorb=True):
             if run.journal is not None:
                 run.journal.sync()  # what a checkpoint covers is on record before the checkpoint is
-            run.collectives.barrier()
+            run.collectives.barrier(name="checkpoint")
             checkpoints.save_checkpoint(
                 run.run_dir,
                 step=progress.step,
@@ -376,18 +444,37 @@ class _Loop:
         self.logged_at = (time.perf_counter(), progress.clips_seen)
 
     def _state(self) -> dict[str, Any]:
+        strategy, phases = self.run_.strategy, self.run_.task.phases
+        averages = [(phase, self.averages[phase.name]) for phase in phases if phase.name in self.averages]
         return {
-            **self.run_.strategy.state(self.run_.task.phases),
-            "averages": {name: average.state_dict() for name, average in self.averages.items()},
+            **strategy.state(phases),
+            "averages": {phase.name: strategy.whole(phase, average.state_dict()) for phase, average in averages},
         }
 
     def _restore(self, start: checkpoints.Checkpoint) -> None:
-        self.run_.strategy.load_state(self.run_.task.phases, start.state)
-        for name, average in self.averages.items():
-            if name not in start.state["averages"]:
+        strategy, saved = self.run_.strategy, start.state["averages"]
+        strategy.load_state(self.run_.task.phases, start.state)
+        for phase in self.run_.task.phases:
+            if phase.name not in self.averages:
+                continue
+            if phase.name not in saved:
                 raise ValueError(f"{start.path} holds no weight averages: resume with --training.ema-half-life-clips 0")
-            average.load_state_dict(start.state["averages"][name])
+            self.averages[phase.name].load_state_dict(strategy.parts(phase, saved[phase.name]))
         self.progress = Progress(step=start.step, clips_seen=start.clips_seen)
+
+    def _settle(self) -> None:
+        """All copies are equal after this: what is evaluated and saved is what all ranks have."""
+        with self.run_.ledger.row(rows.OPTIMIZER):
+            if self.run_.strategy.settle():
+                self._average_the_rest()
+
+    def _average_the_rest(self) -> None:
+        """Averages over the ranks what went apart with the parameters: running statistics and weight averages."""
+        self.buffers.start()
+        self.buffers.finish()
+        for average in self.averages.values():
+            for tensor in average.averages.values():
+                self.run_.collectives.sum_(tensor).div_(self.world.world_size)
 
     def _place(self) -> dict[str, Any]:
         progress = self.progress

@@ -58,7 +58,10 @@ class Batch(Protocol):
 
 
 class Loader(Protocol):
-    """A source of batches whose whole state is one integer: the position in the endless stream of samples."""
+    """A source of batches whose whole state is one integer: the position in the endless stream of samples.
+
+    It may have a method `doing() -> str` which says, from any thread, what it is at work on: errors quote that.
+    """
 
     @property
     def num_samples(self) -> int: ...
@@ -83,10 +86,13 @@ class Task(Protocol):
     phases: Sequence[Phase]
 
     def losses(self, phase: Phase, batch: Any) -> dict[str, torch.Tensor]:
-        """Named scalar losses of this micro-batch, each a mean over its clips; their sum is differentiated."""
+        """Named scalar losses of this micro-batch, each a mean over its clips; their sum is differentiated.
+
+        Where clips have weights: the weighted sum over the number of clips; the loop goes by the weights of all ranks.
+        """
 
     def evaluation_sums(self, batch: Any) -> tuple[dict[str, torch.Tensor], list[Prediction]]:
-        """Sums over the batch's clips (scalars; `num_samples` among them) and a prediction for each clip."""
+        """Sums over the batch (tensors of any shape, `num_samples` among them), and predictions where there are any."""
 
-    def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Figures of the whole evaluation from the sums over all samples of all ranks."""
+    def summarize(self, sums: Mapping[str, Any]) -> dict[str, float]:
+        """Figures of the evaluation from the sums over all samples of all ranks: numbers, or float64 tensors."""

@@ -7,7 +7,7 @@ Hydra launchers of MPICH and Intel MPI. Each is a pure function of an environmen
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 
@@ -56,6 +56,14 @@ def find_placement(environ: Mapping[str, str]) -> Placement:
             f"the launcher's environment has no {missing.args[0]}: start with torchrun, srun or mpirun"
         ) from None
     return Placement()
+
+
+def fill_environment(environ: MutableMapping[str, str], *, rank: int, world_size: int, master: tuple[str, int]) -> None:
+    """Sets those variables of PyTorch's `env://` rendezvous that are missing; what is set stays."""
+    environ.setdefault("RANK", str(rank))
+    environ.setdefault("WORLD_SIZE", str(world_size))
+    environ.setdefault("MASTER_ADDR", master[0])
+    environ.setdefault("MASTER_PORT", str(master[1]))
 
 
 def first_host(nodelist: str) -> str:
@@ -145,9 +153,15 @@ def _mpi(
         world_size=world_size,
         local_rank=local_rank,
         local_world_size=local_world_size,
-        node_rank=(rank - local_rank) // local_world_size,
+        # Not from the local rank: Open MPI 5 numbers the ranks of one node 0, 2, 1 where they share cores.
+        node_rank=rank // local_world_size,
         num_nodes=-(-world_size // local_world_size),
         master_address=environ.get("MASTER_ADDR"),
         master_port=int(port) if port else None,
         job_key=f"{launcher}-{namespace}" if namespace else None,
     )
+
+
+def expected_environment(local_rank: int) -> dict[str, str]:
+    """What a library that reads its place from torchrun's variables by itself (DeepSpeed) wants to find."""
+    return {"LOCAL_RANK": str(local_rank)}

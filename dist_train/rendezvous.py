@@ -13,16 +13,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
+from dist_train.arrival import allow_connections, wait_for_all
+from dist_train.diagnosis import CollectiveTimeout
 from dist_train.placement import Placement
+from dist_train.watchdog import backstop_seconds
 from dist_train.world import World
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT = datetime.timedelta(minutes=10)
+TIMEOUT_SECONDS = START_SECONDS = 600.0
+
+Transport = Literal["auto", "gloo", "nccl", "mpi"]
+"""What carries the collectives: `auto` is NCCL for CUDA tensors and Gloo for the host's; the others carry all."""
 
 
 def make_world(placement: Placement, device: str = "auto") -> World:
@@ -47,28 +54,69 @@ def make_world(placement: Placement, device: str = "auto") -> World:
     )
 
 
+def check_transport(transport: Transport, placement: Placement, *, world_size: int) -> None:
+    """ValueError where `transport` cannot carry the collectives of processes started like this one."""
+    if transport == "mpi" and world_size > 1 and placement.launcher not in ("openmpi", "mpich", "slurm"):
+        started = "--nproc" if placement.launcher in ("single", "local") else placement.launcher
+        raise ValueError(
+            f"--transport mpi: processes started by {started} are no MPI program: start them with "
+            f"mpirun -n {world_size}, or leave --transport out"
+        )
+
+
 @contextmanager
-def process_group(world: World, placement: Placement) -> Iterator[None]:
-    """The default process group inside this block: NCCL for CUDA tensors, Gloo for the host's.
+def process_group(
+    world: World,
+    placement: Placement,
+    *,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+    start_seconds: float = START_SECONDS,
+    transport: Transport = "auto",
+) -> Iterator[str]:
+    """The default process group inside this block, which is given PyTorch's name of the backend.
+
+    A world of one process has no group, and "none".
+
+    Args:
+        timeout_seconds: of a `Watchdog` that will guard the collectives; the process group's own is a little longer.
+        start_seconds: how long ranks wait for each other to start.
+        transport: what carries the collectives.
 
     Raises:
-        RuntimeError: the ranks did not find each other in time.
+        ValueError: the transport is not to be had here.
+        CollectiveTimeout: the ranks did not find each other in time; it names who did not come.
     """
+    check_transport(transport, placement, world_size=world.world_size)
     if world.world_size == 1:
-        yield
+        yield "none"
         return
+    if transport == "mpi":
+        _load_mpi(placement)
     if placement.on_one_node:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if world.is_first:
+        allow_connections(world.world_size)
     # The prefix keeps a job that happens on another job's port from meddling with its keys.
-    store = dist.PrefixStore(placement.job_key or "reelscale", _store(placement))
+    store = dist.PrefixStore(placement.job_key or "reelscale", _store(placement, start_seconds))
+    wait_for_all(store, rank=world.rank, world_size=world.world_size, timeout_seconds=start_seconds)
+    backend = _backend(world, store, transport)
     dist.init_process_group(
-        _backend(world, store), store=store, rank=world.rank, world_size=world.world_size, timeout=TIMEOUT
+        backend,
+        store=store,
+        rank=world.rank,
+        world_size=world.world_size,
+        timeout=datetime.timedelta(seconds=backstop_seconds(timeout_seconds)),
     )
     dist.barrier()
     if world.is_first:
         _port_file(placement).unlink(missing_ok=True)
-    yield
-    dist.destroy_process_group()  # not after an error: peers may be gone, and the process ends anyway
+    try:
+        yield backend
+    except BaseException:  # peers may be gone, and the process ends anyway: MPI must not wait for them
+        if transport == "mpi" and dist.group.WORLD is not None:
+            dist.group.WORLD.abort()
+        raise
+    dist.destroy_process_group()
 
 
 def _choose_device(placement: Placement, wanted: str) -> torch.device:
@@ -90,51 +138,83 @@ def _choose_device(placement: Placement, wanted: str) -> torch.device:
     return device
 
 
-def _backend(world: World, store: dist.Store) -> str:
+def _load_mpi(placement: Placement) -> None:
+    """Starts MPI and makes its backend known; ValueError where there is none, or it knows nothing of the others."""
+    try:
+        from dist_train.mpi_backend import MPI
+    except ImportError as error:
+        raise ValueError(f"--transport mpi: {error}") from None
+    if MPI.COMM_WORLD.Get_size() != placement.world_size:
+        library = MPI.Get_library_version().split(",")[0].splitlines()[0]
+        raise ValueError(
+            f"--transport mpi: {placement.launcher} started {placement.world_size} processes and MPI ({library}) sees "
+            f"{MPI.COMM_WORLD.Get_size()}: use the mpirun of that MPI, or srun --mpi=pmix or pmi2, whichever it speaks"
+        )
+
+
+def _backend(world: World, store: dist.Store, transport: Transport = "auto") -> str:
     """Gloo for the host's tensors; for CUDA's NCCL, or Gloo where processes of one node share a GPU (NCCL refuses)."""
+    if transport in ("mpi", "gloo"):
+        return {"mpi": "mpi4py", "gloo": "gloo"}[transport]
     if world.device.type != "cuda":
+        if transport == "nccl":
+            raise ValueError("--transport nccl carries the tensors of GPUs and this run is on the CPU: leave it out")
         return "gloo"
     gpu = f"{socket.gethostname()} {torch.cuda.get_device_properties(world.device).uuid}"
     store.set(f"gpu/{world.rank}", gpu)
     gpus = store.multi_get([f"gpu/{rank}" for rank in range(world.world_size)])
     if len(set(gpus)) == len(gpus):
         return "cpu:gloo,cuda:nccl"
-    if world.num_nodes > 1:
+    if world.num_nodes > 1 or transport == "nccl":
         raise ValueError("processes share a GPU on some node: start at most one process a GPU")
     return "gloo"
 
 
-def _store(placement: Placement) -> dist.Store:
+def _store(placement: Placement, timeout_seconds: float) -> dist.Store:
     address, port = placement.master_address, placement.master_port
+    timeout = datetime.timedelta(seconds=timeout_seconds)
     if address is None and not placement.on_one_node:
         address, port = _address_by_mpi(placement)
     if address is not None and port is not None:
-        return dist.TCPStore(
-            address, port, placement.world_size, placement.rank == 0, timeout=TIMEOUT, wait_for_workers=False
-        )
-    return _store_on_one_node(placement)
+        try:
+            return dist.TCPStore(
+                address, port, placement.world_size, placement.rank == 0, timeout=timeout, wait_for_workers=False
+            )
+        except dist.DistError as error:
+            if placement.rank == 0:
+                raise
+            raise CollectiveTimeout(
+                f"rank {placement.rank} on {socket.gethostname()} did not find rank 0 at {address}:{port} within "
+                f"{timeout_seconds:g} s: look whether rank 0 has started, and whether its port can be reached",
+                on_every_rank=placement.local_rank > 1,  # rank 0 does not say it: one or two of each node do
+            ) from error
+    return _store_on_one_node(placement, timeout)
 
 
-def _store_on_one_node(placement: Placement) -> dist.Store:
+def _store_on_one_node(placement: Placement, timeout: datetime.timedelta) -> dist.Store:
     """Rank 0 takes a free port and tells it to its neighbours in a file that only this job knows."""
     path = _port_file(placement)
     if placement.rank == 0:
-        store = dist.TCPStore("127.0.0.1", 0, placement.world_size, True, timeout=TIMEOUT, wait_for_workers=False)
+        store = dist.TCPStore("127.0.0.1", 0, placement.world_size, True, timeout=timeout, wait_for_workers=False)
         aside = path.with_suffix(f".{os.getpid()}")
         aside.write_text(f"{store.port} {os.getpid()}")
         aside.replace(path)
         return store
-    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    deadline = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < deadline:
         try:
             port, pid = (int(word) for word in path.read_text().split())
             os.kill(pid, 0)
             store = dist.TCPStore("127.0.0.1", port, placement.world_size, False, timeout=datetime.timedelta(seconds=5))
-            store.set_timeout(TIMEOUT)
+            store.set_timeout(timeout)
             return store
         except (OSError, ValueError, dist.DistNetworkError):  # not there yet, or left behind by a job that was killed
             time.sleep(0.02)
-    raise RuntimeError(f"rank {placement.rank}: rank 0 did not announce itself in {path} in {TIMEOUT}")
+    raise CollectiveTimeout(
+        f"rank {placement.rank}: rank 0 did not start within {timeout.total_seconds():g} s (it would have announced "
+        f"itself in {path}): look at its own output",
+        on_every_rank=placement.rank > 1,
+    )
 
 
 def _port_file(placement: Placement) -> Path:

@@ -11,8 +11,9 @@ from typing import Literal
 class ScheduleConfig:
     """How the learning rate moves over the run."""
 
-    kind: Literal["cosine", "step", "constant"] = "cosine"
-    """Shape after the warm-up: half a cosine to zero, steps at `milestones_epochs`, or constant."""
+    kind: Literal["cosine", "polynomial", "step", "constant"] = "cosine"
+    """Shape after the warm-up: half a cosine or (1 - t) ** `power` down to `end_factor`, steps at `milestones_epochs`,
+    or constant."""
     warmup_epochs: float = 5.0
     """Linear warm-up, moved at every iteration, over this many epochs (Goyal et al. 2017, section 2.2)."""
     warmup_start_factor: float | None = None
@@ -21,6 +22,10 @@ class ScheduleConfig:
     """Epochs at which the `step` schedule multiplies by `gamma`."""
     gamma: float = 0.1
     """Factor of one step."""
+    power: float = 2.0
+    """Exponent of the `polynomial` schedule (2 in MLPerf's LARS recipes)."""
+    end_factor: float = 0.0
+    """Where `cosine` and `polynomial` end, as a factor on the peak rate."""
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one line each."""
@@ -31,12 +36,11 @@ class ScheduleConfig:
             found.append(f"schedule.milestones_epochs {self.milestones_epochs} must rise")
         if not 0 < self.gamma <= 1:
             found.append(f"schedule.gamma is {self.gamma}: use a number above 0, at most 1")
+        if self.power <= 0:
+            found.append(f"schedule.power is {self.power}: use a positive number (2 is usual)")
+        if not 0 <= self.end_factor <= 1:
+            found.append(f"schedule.end_factor is {self.end_factor}: use a number from 0 to 1")
         return found
-
-
-def linear_scaled(base_learning_rate: float, base_batch_clips: int, batch_clips: int) -> float:
-    """The linear scaling rule (Goyal et al. 2017, section 2.1): batch times k, learning rate times k."""
-    return base_learning_rate * batch_clips / base_batch_clips
 
 
 def learning_rate_factor(
@@ -63,9 +67,13 @@ def learning_rate_factor(
 def _after_warmup(
     config: ScheduleConfig, clips: float, clips_per_epoch: int, warmup_clips: float, total_clips: int
 ) -> float:
-    if config.kind == "cosine":
-        progress = (clips - warmup_clips) / max(total_clips - warmup_clips, 1)
-        return 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+    if config.kind in ("cosine", "polynomial"):
+        progress = min(max((clips - warmup_clips) / max(total_clips - warmup_clips, 1), 0.0), 1.0)
+        if config.kind == "cosine":
+            shape = 0.5 * (1 + math.cos(math.pi * progress))
+        else:
+            shape = (1 - progress) ** config.power
+        return config.end_factor + (1 - config.end_factor) * shape
     if config.kind == "step":
         return config.gamma ** sum(clips >= epoch * clips_per_epoch for epoch in config.milestones_epochs)
     return 1.0

@@ -62,7 +62,15 @@ def _wants_workers(arguments: Sequence[str]) -> bool:
     return not (supervises or without_workers or flags & {"--dry-run", "-h", "--help"})
 
 
-def _fail(error: Exception) -> int:
+def end_process(error: Exception) -> None:
+    """Ends this process with `error`, which a thread has found while the main thread hangs."""
+    code = _fail(error, first_speaks=False)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _fail(error: Exception, *, first_speaks: bool = True) -> int:
     """Says in one line what went wrong, once for the whole job, and keeps the traceback for who wants it."""
     try:
         placement = find_placement(os.environ)
@@ -75,14 +83,16 @@ def _fail(error: Exception) -> int:
     folder = os.environ.get(FAILURES_FOLDER)
     if folder and placement.launcher == "local":  # the process that started this one says it
         write_failure(Path(folder), failure)
-    elif placement.rank == 0 or not _told_to_all(error):
+    elif (first_speaks and placement.rank == 0) or not _told_to_all(error):
         say(failure, show_rank=placement.world_size > 1)
     return failure.exit_code
 
 
 def say(failure: Failure, *, show_rank: bool = False) -> None:
     """Prints a failure's one line on standard error."""
-    rank = f"rank {failure.rank}: " if show_rank and failure.rank and not failure.consequence else ""
+    rank = (
+        f"rank {failure.rank}: " if show_rank and failure.rank and not (failure.consequence or failure.of_all) else ""
+    )
     sys.stderr.write(f"reelscale: error: {rank}{failure.message}\n")
 
 

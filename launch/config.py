@@ -49,6 +49,8 @@ class ModelConfig:
     """Downscaling before the first stage: 4 is the standard, 1 or 2 suit images of 32 to 64 pixels."""
     dropout: float = 0.5
     """Dropout before the classifier."""
+    zero_init_residual: bool = False
+    """Start the last batch norm of every residual block at 0 (Goyal et al. 2017, section 5.1), for large batches."""
     weights: Path | None = None
     """Start from this state dict (.pt or .pth): ours, torchvision's, or the TSM repository's."""
 
@@ -108,6 +110,11 @@ def check(experiment: Experiment, *, world_size: int) -> None:
         problems.append(
             f"training.batch_clips is {training.batch_clips}, not divisible by {world_size} processes x "
             f"{training.micro_batches} micro-batches: use {choices}"
+        )
+    elif training.batch_norm == "ghost" and training.batch_clips // parts % training.ghost_batch_clips:
+        problems.append(
+            f"training.ghost_batch_clips is {training.ghost_batch_clips}, but a micro-batch has "
+            f"{training.batch_clips // parts} clips, which does not divide into such groups: use a divisor"
         )
     if problems:
         raise ValueError("; ".join(problems))

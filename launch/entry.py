@@ -16,6 +16,8 @@ def main() -> None:
     except ImportError as error:
         sys.stderr.write(f"reelscale: error: {error}\n")
         sys.exit(2)
+    # A rank that goes away makes PyTorch's store print a C++ stack trace on every other rank; ours say it in one line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from launch.cli import run_command  # only now: it imports the other packages
 
     code = run_command(sys.argv[1:])

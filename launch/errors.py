@@ -33,6 +33,8 @@ class Failure:
     rank: int = 0
     consequence: bool = False
     """True when it only says that another rank has gone."""
+    of_all: bool = False
+    """True when every rank says the same."""
     seconds: float = 0.0
     """When, for telling which came first."""
 
@@ -49,11 +51,19 @@ def describe(error: BaseException, *, rank: int = 0) -> Failure:
     if isinstance(error, OSError) and not isinstance(error, ValueError):
         where = f"{error.filename}: " if error.filename else ""
         text = f"{where}{error.strerror or error}"
-    consequence = False
-    if isinstance(error, RuntimeError) and any(sign in text.lower() for sign in _PEER_GONE):
-        consequence = True
-        text = f"rank {rank}: another rank is gone ({text[-160:]}); its own output says why"
-    return Failure(exit_code=code, message=text, rank=rank, consequence=consequence, seconds=time.time())
+    consequence = getattr(error, "consequence", None)  # a CollectiveError knows
+    if consequence is None:
+        consequence = isinstance(error, RuntimeError) and any(sign in text.lower() for sign in _PEER_GONE)
+        if consequence:
+            text = f"rank {rank}: another rank is gone ({text[-160:]}); its own output says why"
+    return Failure(
+        exit_code=code,
+        message=text,
+        rank=rank,
+        consequence=consequence,
+        of_all=hasattr(error, "on_every_rank"),
+        seconds=time.time(),
+    )
 
 
 def write_failure(folder: Path, failure: Failure) -> None:

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -125,14 +126,15 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
 def _earliest(folder: Path, rank: int, code: int, logs: Path) -> Failure:
     """What went wrong first: a rank's own words where it left any, else how it died."""
     told = read_failures(folder)
+    seen = next((f": {failure.message}" for failure in told if failure.consequence and failure.of_all), "")
     if code < 0:  # killed: it left no words, and what the others say is a consequence
         name = signal.Signals(-code).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""
         log = f"; see {logs / f'rank_{rank:05d}.log'}" if rank else ""
-        return Failure(exit_code=128 - code, message=f"rank {rank} was killed by {name}{hint}{log}")
-    causes = [failure for failure in told if not failure.consequence]
-    if not causes and any(failure.rank == rank for failure in told):
-        causes = told
-    if causes:
-        return causes[0]
-    return Failure(exit_code=code, message=f"rank {rank} ended with exit code {code}; see {logs}", rank=rank)
+        return Failure(exit_code=128 - code, message=f"rank {rank} was killed by {name}{hint}{seen}{log}")
+    for failure in told:
+        if not failure.consequence:
+            return failure
+    if any(failure.rank == rank for failure in told):
+        return replace(told[0], message=f"{told[0].message}; see {logs}")
+    return Failure(exit_code=code, message=f"rank {rank} ended with exit code {code}{seen}; see {logs}", rank=rank)

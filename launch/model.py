@@ -27,6 +27,7 @@ def make_model(config: ModelConfig, *, num_classes: int, num_segments: int) -> n
         "width": config.width,
         "stem_stride": config.stem_stride,
         "dropout": config.dropout,
+        "zero_init_residual": config.zero_init_residual,
     }
     if config.name not in MODELS:
         taken = inspect.signature(resolve(config.name)).parameters

@@ -36,10 +36,12 @@ class ConsoleMonitor:
         if "loss" in metrics:
             self._shown["loss"] = f"{metrics['loss']:.3f}"
             self._shown["clips/s"] = f"{metrics['clips_per_second']:.0f}"
+            slow = metrics.get("straggler", {})
+            self._shown["slow"] = f"rank {slow['rank']} ({slow['cause']})" if slow.get("rank", -1) >= 0 else ""
         evaluation = metrics.get("evaluation")
         if evaluation:
             self._shown[f"{evaluation['split']} top-1"] = f"{100 * evaluation['top1']:.1f} %"
-        self._progress.annotate("  ".join(f"{name} {value}" for name, value in self._shown.items()))
+        self._progress.annotate("  ".join(f"{name} {value}" for name, value in self._shown.items() if value))
 
 
 class WandbMonitor:

@@ -6,10 +6,10 @@ import torch
 from rich.table import Table
 
 from dist_train.loop import steps_left
-from dist_train.schedules import linear_scaled
-from dist_train.strategies.allreduce import plan_buckets
+from dist_train.strategies.buckets import plan_buckets
 from launch.config import Experiment
 from launch.console import console
+from launch.memory_plan import describe_memory, memory_table, plan_memory
 from launch.model import make_model
 from launch.training import open_splits
 
@@ -29,8 +29,7 @@ def plan(experiment: Experiment, *, world_size: int) -> dict[str, str]:
     order = list(reversed(range(len(parameters))))
     buckets = plan_buckets(sizes, [p.dtype for p in parameters], order, experiment.exchange.bucket_bytes)
     steps = steps_left(num_samples=len(splits.training), epochs=training.epochs, batch_clips=training.batch_clips)
-    peak = linear_scaled(optimizer.base_learning_rate, optimizer.base_batch_clips, training.batch_clips)
-    copies = 3 + (world_size > 1 and experiment.exchange.strategy == "allreduce") + (training.ema_half_life_clips > 0)
+    peak = optimizer.peak_learning_rate(training.batch_clips)
     micro_batch = training.batch_clips // world_size // training.micro_batches
     return {
         "experiment": experiment.name,
@@ -45,19 +44,22 @@ def plan(experiment: Experiment, *, world_size: int) -> dict[str, str]:
         "training split": _describe(splits.training),
         "evaluation split": _describe(splits.evaluation),
         "exchange a step": f"{sum(sizes) / 1e6:.1f} MB in {len(buckets)} buckets" if world_size > 1 else "none",
-        "memory a process": f"{copies * sum(sizes) / 1e6:.0f} MB for weights, gradients and momentum "
-        f"({copies} copies), plus activations",
     }
 
 
-def print_plan(experiment: Experiment, *, world_size: int) -> None:
-    """Prints the plan as a table."""
+def print_plan(experiment: Experiment, *, world_size: int, memory_bytes: float) -> None:
+    """Prints the plan as a table, and below it what each strategy needs of a process's `memory_bytes`."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for label, text in plan(experiment, world_size=world_size).items():
         table.add_row(label, text)
+    memory = plan_memory(experiment, open_splits(experiment), world_size=world_size, available=memory_bytes)
+    table.add_row("memory a process", describe_memory(memory))
     console().print(table)
+    if memory.activations:
+        console().print()
+        console().print(memory_table(memory))
 
 
 def _describe(manifest: object) -> str:

@@ -19,20 +19,24 @@ from data_shards.loader import ClipLoader
 from data_shards.manifest import Manifest, open_manifest
 from dist_train.batch_norm import apply_batch_norm_mode
 from dist_train.checkpoint import Checkpoint, load_latest
+from dist_train.clocks import Clocks
 from dist_train.collectives import Collectives
 from dist_train.journal import Journal
 from dist_train.ledger import NullLedger, start_ledger
+from dist_train.ledger.clock import ClockOffset
 from dist_train.ledger.recorder import Recorder
 from dist_train.ledger.rows import LOGGING
 from dist_train.loop import Outcome, Run, steps_left, train
 from dist_train.optimizers import make_sgd
 from dist_train.placement import Placement
-from dist_train.rendezvous import process_group
-from dist_train.schedules import linear_scaled
+from dist_train.recompute import apply_recomputation
+from dist_train.rendezvous import Transport, process_group
 from dist_train.strategies import make_strategy
 from dist_train.tasks.video_classification import VideoClassification
+from dist_train.watchdog import Watchdog
 from dist_train.world import World
 from launch import run_folder
+from launch.cli import end_process
 from launch.config import Experiment, to_plain
 from launch.console import ProgressLine
 from launch.model import make_model
@@ -87,8 +91,8 @@ def running_ledger(experiment: Experiment, run_dir: Path, attempt: int, collecti
         "device": str(world.device),
         "launcher": world.launcher,
     }
-    offset = collectives.clock_offset_seconds()
-    ledger = start_ledger(run_dir, device=world.device, identity=identity, clock_offset=offset)
+    offset = ClockOffset(Clocks(collectives).read())
+    ledger = start_ledger(run_dir, device=world.device, identity=identity, offset=offset)
     try:
         yield ledger
     except BaseException:
@@ -104,13 +108,17 @@ def run_rank(
     resume: bool,
     world: World,
     placement: Placement,
+    transport: Transport = "auto",
 ) -> Outcome:
     """Trains `experiment` as one rank of `world`. The same on every rank; only rank 0 writes shared files."""
     with ExitStack() as stack:
-        stack.enter_context(process_group(world, placement))
+        timeout = experiment.exchange.timeout_seconds
+        backend = stack.enter_context(process_group(world, placement, timeout_seconds=timeout, transport=transport))
         collectives = Collectives(world)
+        if world.world_size > 1:
+            stack.enter_context(Watchdog(collectives, timeout_seconds=timeout, end_process=end_process))
         splits = collectives.together(lambda: open_splits(experiment))
-        attempt, run_id = _claim(experiment, run_dir, resume, collectives, splits)
+        attempt, run_id = _claim(experiment, run_dir, resume, collectives, splits, backend)
         ledger = stack.enter_context(running_ledger(experiment, run_dir, attempt, collectives))
         collectives.ledger = ledger
         stop = stack.enter_context(StopRequest())
@@ -120,6 +128,7 @@ def run_rank(
         start = load_latest(run_dir, collectives=collectives) if resume else None
         with ExitStack() as parts:
             run = _assemble(experiment, splits, collectives, run_dir, attempt, run_id, start, parts)
+            parts.callback(run.strategy.close)
             outcome = train(dataclasses.replace(run, stop_requested=stop), start)
             with ledger.row(LOGGING, absorb=True):
                 if world.is_first and outcome.predictions:
@@ -132,20 +141,20 @@ def run_rank(
 
 
 def _claim(
-    experiment: Experiment, run_dir: Path, resume: bool, collectives: Collectives, splits: Splits
+    experiment: Experiment, run_dir: Path, resume: bool, collectives: Collectives, splits: Splits, backend: str
 ) -> tuple[int, str]:
     """Rank 0 claims the run folder; every rank learns the attempt and the run's id, or the reason against it."""
 
     def claim() -> tuple[int, str] | None:
         if not collectives.world.is_first:
             return None
-        description = _description(experiment, collectives.world, splits)
+        description = _description(experiment, collectives.world, splits, backend)
         return run_folder.claim(run_dir, resume=resume, description=description)
 
     return collectives.broadcast_object(collectives.together(claim))
 
 
-def _description(experiment: Experiment, world: World, splits: Splits) -> dict[str, Any]:
+def _description(experiment: Experiment, world: World, splits: Splits, backend: str) -> dict[str, Any]:
     training = experiment.training
     return {
         "experiment": experiment.name,
@@ -157,6 +166,7 @@ def _description(experiment: Experiment, world: World, splits: Splits) -> dict[s
             "num_nodes": world.num_nodes,
             "device": str(world.device),
             "launcher": world.launcher,
+            "transport": backend,
         },
         "classes": list(splits.training.classes),
         "num_training_samples": len(splits.training),
@@ -181,6 +191,10 @@ def _assemble(
     evaluation_loader = _loader(experiment, splits.evaluation, world, training=False)
     parts.callback(loader.close)
     parts.callback(evaluation_loader.close)
+    statistics_loader = None
+    if training.precise_batch_norm_clips:
+        statistics_loader = _loader(experiment, splits.training, world, training=True)
+        parts.callback(statistics_loader.close)
     begin = start.clips_seen if start else 0
     left = steps_left(
         num_samples=len(splits.training), epochs=training.epochs, batch_clips=training.batch_clips, clips_seen=begin
@@ -193,9 +207,10 @@ def _assemble(
         journal = Journal(run_dir, rank=world.rank, attempt=attempt, start=begin)
         parts.callback(journal.close)
     return Run(
-        task=_task(experiment, splits, collectives),
+        task=make_task(experiment, splits, collectives),
         loader=loader,
         evaluation_loader=evaluation_loader,
+        statistics_loader=statistics_loader,
         collectives=collectives,
         strategy=make_strategy(experiment.exchange, collectives),
         ledger=collectives.ledger,
@@ -205,10 +220,13 @@ def _assemble(
         attempt=attempt,
         training=training,
         schedule=experiment.schedule,
-        warmup_start_factor=min(experiment.optimizer.base_batch_clips / training.batch_clips, 1.0),
+        warmup_start_factor=min(
+            experiment.optimizer.base_learning_rate / experiment.optimizer.peak_learning_rate(training.batch_clips), 1.0
+        ),
         checkpoint=experiment.checkpoint,
         checkpoint_meta={"experiment": experiment.name, "run_id": run_id, "world_size": world.world_size},
         evaluation_split=experiment.data.evaluation_split,
+        weighted=experiment.data.loader.on_bad_sample == "skip",
         on_step=lambda step: progress.update(step, total),
         on_evaluation_batch=lambda clips: progress.meanwhile(f"evaluating, {clips} clips done"),
     )
@@ -230,7 +248,8 @@ def _loader(experiment: Experiment, manifest: Manifest, world: World, *, trainin
     )
 
 
-def _task(experiment: Experiment, splits: Splits, collectives: Collectives) -> VideoClassification:
+def make_task(experiment: Experiment, splits: Splits, collectives: Collectives) -> VideoClassification:
+    """The model, as the experiment has it normalise and recompute, on the world's device, with its optimizer."""
     training, optimizer = experiment.training, experiment.optimizer
     model = make_model(
         experiment.model,
@@ -239,8 +258,11 @@ def _task(experiment: Experiment, splits: Splits, collectives: Collectives) -> V
     )
     layout = torch.channels_last if training.channels_last else torch.contiguous_format
     model = model.to(device=collectives.world.device, memory_format=layout)  # type: ignore[call-overload]
-    apply_batch_norm_mode(model, training.batch_norm, collectives)
-    peak = linear_scaled(optimizer.base_learning_rate, optimizer.base_batch_clips, training.batch_clips)
+    clips = training.batch_clips // collectives.world.world_size // training.micro_batches
+    groups = clips // training.ghost_batch_clips if training.batch_norm == "ghost" else 1
+    apply_batch_norm_mode(model, training.batch_norm, collectives, num_ghost_groups=groups)
+    apply_recomputation(model, training.activation_checkpointing)
+    peak = optimizer.peak_learning_rate(training.batch_clips)
     return VideoClassification(
         model, make_sgd(optimizer, model, learning_rate=peak), label_smoothing=training.label_smoothing
     )

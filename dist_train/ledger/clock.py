@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,16 +23,18 @@ class Clock(Protocol):
     def stamp(self) -> Any:
         """A stamp of this moment."""
 
+    def now(self) -> float:
+        """Seconds on the host's monotonic clock, from any thread."""
+
     def resolve(self, stamps: Sequence[Any]) -> list[float]:
         """Seconds on the host's monotonic clock, one for each stamp, in the order given."""
 
 
 class HostClock:
-    """The host's monotonic clock: a stamp is the time itself, in seconds."""
+    """The host's monotonic clock (or `now`, in a test): a stamp is the time itself, in seconds."""
 
-    def stamp(self) -> float:
-        """Seconds now."""
-        return time.perf_counter()
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.now = self.stamp = now
 
     def resolve(self, stamps: Sequence[float]) -> list[float]:
         """The stamps themselves."""
@@ -49,6 +52,10 @@ class CudaClock:
     def __init__(self) -> None:
         self._free: list[torch.cuda.Event] = []
         self._base, self._base_seconds = self._synchronized_event()
+
+    def now(self) -> float:
+        """Seconds on the host's clock."""
+        return time.perf_counter()
 
     def stamp(self) -> torch.cuda.Event | float:
         """An event recorded on the current stream."""
@@ -75,6 +82,43 @@ class CudaClock:
         event.record()
         event.synchronize()
         return event, time.perf_counter()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClockReading:
+    """One comparison of this host's clock with rank 0's."""
+
+    at: float
+    """When, in seconds on this host's clock."""
+    offset: float
+    """This host's clock minus rank 0's, in seconds."""
+    uncertainty: float
+    """The offset is within plus or minus this many seconds: half the shortest round trip."""
+
+
+class ClockOffset:
+    """This host's clock minus rank 0's at any moment: a line through the last two readings, which follows the drift."""
+
+    def __init__(self, *readings: ClockReading) -> None:
+        self._readings = list(readings)
+
+    def add(self, reading: ClockReading) -> None:
+        """Takes a later reading; only the last two count."""
+        self._readings = [*self._readings[-1:], reading]
+
+    @property
+    def uncertainty(self) -> float:
+        """Of the last reading, in seconds; 0 without any."""
+        return self._readings[-1].uncertainty if self._readings else 0.0
+
+    def at(self, moment: float) -> float:
+        """The offset in seconds at `moment` on this host's clock; 0 without a reading."""
+        if not self._readings:
+            return 0.0
+        first, last = self._readings[0], self._readings[-1]
+        if last.at - first.at < 1.0:  # too close to tell a drift from the noise of the readings
+            return last.offset
+        return last.offset + (last.offset - first.offset) / (last.at - first.at) * (moment - last.at)
 
 
 def clock_for(device: torch.device) -> Clock:

@@ -41,4 +41,7 @@ RANK_ROWS = (
     REMAINDER,
 )
 
+# In which a training step launches its collectives; what evaluation, checkpoints and logging launch is theirs.
+TRAINING_ROWS = (FORWARD, BACKWARD, WAIT_FOR_PEER, WIRE, OPTIMIZER, REMAINDER)
+
 WORKER_ROWS = (READ, DECODE, AUGMENT, "idle")

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from dist_train.ledger.communication import CommunicationTotals
 from dist_train.ledger.rows import RANK_ROWS, REMAINDER, WORKER_ROWS
 from dist_train.ledger.totals import (
     BYTE_ROWS,
@@ -173,6 +174,8 @@ def read_rank_file(path: Path, *, max_points: int | None = None) -> list[RankSum
                 attempts.append(_Attempt(line, max_points))
             elif line["kind"] in ("span", "end") and attempts:
                 attempts[-1].add(line, number)
+            elif line["kind"] in CommunicationTotals.kinds and attempts:
+                attempts[-1].communication.add(line)
             else:
                 raise LedgerError(
                     f"kind {line['kind']!r} before any start" if not attempts else f"kind {line['kind']!r}"
@@ -225,6 +228,7 @@ class _Attempt:
         self.num_steps = 0
         self.worst_gap = (0.0, 0)
         self.series = _Series(max_points)
+        self.communication = CommunicationTotals()
 
     def add(self, line: dict[str, Any], number: int) -> None:
         if line["kind"] == "end":
@@ -273,6 +277,7 @@ class _Attempt:
             num_steps=self.num_steps,
             worst_span_gap=self.worst_gap,
             steps=self.series.finish(),
+            communication=self.communication.finish(),
         )
 
 

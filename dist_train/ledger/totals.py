@@ -7,12 +7,13 @@ and the series over its training steps. Times are seconds, sizes bytes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dist_train.ledger.communication import Communication
 from dist_train.ledger.rows import RANK_ROWS, REMAINDER, WAIT_FOR_PEER
 
 BYTE_ROWS = ("read", "decode", "host_to_device", "wire")
@@ -97,6 +98,8 @@ class RankSummary:
     """The largest difference in seconds between a span's wall time and its rows, and that span's line."""
     steps: StepSeries
     """The steps one by one."""
+    communication: Communication = field(default_factory=Communication)
+    """Its collectives, and what the operating system counted."""
 
     @property
     def world_size(self) -> int:

@@ -1,7 +1,8 @@
 """Strategies: how the ranks come to the same gradient. All sit behind `Strategy`.
 
 `allreduce` is Horovod-style and hangs on each phase's parameters; `ddp` is PyTorch's wrapper around each phase's
-module.
+module. `fsdp2` and DeepSpeed's `zero1`, `zero2`, `zero3` give each rank a part of the state; they are imported when
+they are made (DeepSpeed is an extra).
 """
 
 from __future__ import annotations
@@ -13,10 +14,28 @@ from dist_train.strategies.allreduce import FusedAllreduce
 from dist_train.strategies.base import Strategy
 from dist_train.strategies.config import ExchangeConfig, StrategyName
 from dist_train.strategies.ddp import DistributedDataParallelStrategy
+from dist_train.strategies.local_sgd import PostLocalSGD
+
+
+def _fsdp2(collectives: Collectives, config: ExchangeConfig) -> Strategy:
+    from dist_train.strategies.fsdp2 import FullyShardedStrategy
+
+    return FullyShardedStrategy(collectives, config)
+
+
+def _zero(collectives: Collectives, config: ExchangeConfig) -> Strategy:
+    from dist_train.strategies.deepspeed import ZeroStrategy
+
+    return ZeroStrategy(collectives, config)
+
 
 STRATEGIES: dict[str, Callable[[Collectives, ExchangeConfig], Strategy]] = {
     "allreduce": FusedAllreduce,
     "ddp": DistributedDataParallelStrategy,
+    "fsdp2": _fsdp2,
+    "zero1": _zero,
+    "zero2": _zero,
+    "zero3": _zero,
 }
 
 
@@ -30,7 +49,8 @@ def make_strategy(config: ExchangeConfig, collectives: Collectives) -> Strategy:
         raise ValueError(f"exchange.strategy is {config.strategy!r}: use one of {', '.join(STRATEGIES)}")
     if problems := config.problems():
         raise ValueError("; ".join(problems))
-    return STRATEGIES[config.strategy](collectives, config)
+    strategy = STRATEGIES[config.strategy](collectives, config)
+    return strategy if config.average_every_steps == 1 else PostLocalSGD(strategy, collectives, config)
 
 
 __all__ = ["STRATEGIES", "ExchangeConfig", "Strategy", "StrategyName", "make_strategy"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +34,8 @@ class Strategy(Protocol):
     """
 
     name: str
+    exchanges: bool
+    """False while each rank goes its own way (post-local SGD): then nothing else is averaged in a step either."""
 
     def prepare(self, phases: Sequence[Phase]) -> list[Phase]:
         """Makes the ranks' parameters and buffers equal to rank 0's and returns the phases to train with."""
@@ -65,12 +67,38 @@ class Strategy(Protocol):
         The optimizer's options (learning rate, momentum, ...) stay those of this run; its state is the checkpoint's.
         """
 
+    def weights(self, phase: Phase) -> dict[str, torch.Tensor]:
+        """What this rank holds of each parameter by name: all of it, or its part. They share the parameters' memory."""
+
+    def whole(self, phase: Phase, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Whole tensors from every rank's tensors laid out as `weights`; complete on rank 0. Every rank calls it."""
+
+    def parts(self, phase: Phase, whole: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The reverse of `whole`, from whole tensors that every rank has."""
+
+    def step_begins(self, epoch: float) -> None:
+        """Tells how many epochs are done before a step's first phase."""
+
+    def step_ends(self) -> bool:
+        """Called after a step's last phase. True where it has just averaged copies that had gone apart."""
+
+    def settle(self) -> bool:
+        """Averages copies that have gone apart (post-local SGD), before an evaluation or a checkpoint; True if so."""
+
+    def figures(self) -> dict[str, float]:
+        """What the strategy has found out by itself, for the metrics."""
+
+    def evaluating(self, phases: Sequence[Phase]) -> AbstractContextManager[Any]:
+        """Inside, a rank may call its modules without gradients, whatever the others do and however often."""
+
     def close(self) -> None:
         """Lets go of hooks, threads and groups; the modules stay usable."""
 
 
 class Replicated:
     """What the strategies with a whole copy of the model on each rank have in common."""
+
+    exchanges = True
 
     def backward(self, phase: Phase, loss: torch.Tensor) -> None:  # noqa: ARG002
         """`loss.backward()`."""
@@ -99,6 +127,37 @@ class Replicated:
             phase.optimizer.load_state_dict(state["optimizers"][phase.name])
             for group, wanted in zip(phase.optimizer.param_groups, options, strict=True):
                 group.update(wanted)
+
+    def weights(self, phase: Phase) -> dict[str, torch.Tensor]:
+        """Every rank holds all of them."""
+        return {name: parameter.detach() for name, parameter in phase.module.named_parameters()}
+
+    def whole(self, phase: Phase, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:  # noqa: ARG002
+        """They are whole."""
+        return dict(parts)
+
+    def parts(self, phase: Phase, whole: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:  # noqa: ARG002
+        """They are whole."""
+        return dict(whole)
+
+    def step_begins(self, epoch: float) -> None:
+        """Nothing changes over time."""
+
+    def step_ends(self) -> bool:
+        """The copies never go apart."""
+        return False
+
+    def settle(self) -> bool:
+        """The copies never go apart."""
+        return False
+
+    def figures(self) -> dict[str, float]:
+        """Nothing was measured."""
+        return {}
+
+    def evaluating(self, phases: Sequence[Phase]) -> AbstractContextManager[Any]:  # noqa: ARG002
+        """Nothing to gather."""
+        return nullcontext()
 
     def close(self) -> None:
         """Nothing to let go of."""
@@ -140,7 +199,7 @@ class BufferAverage:
             return
         with torch.no_grad():
             self._flat = torch.cat([buffer.reshape(-1).float() for buffer in self._buffers])
-        self._pending = self._collectives.start_mean_(self._flat)
+        self._pending = self._collectives.start_mean_(self._flat, name="batch norm buffers")
 
     def finish(self) -> None:
         """Writes the averages back; nothing to do if nothing was started."""

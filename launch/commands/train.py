@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from dist_train.placement import Placement, find_placement
+from dist_train.rendezvous import Transport, check_transport
 from launch.cli import say
 from launch.config import Experiment, check
 from launch.console import set_up_logging
@@ -32,8 +33,12 @@ class TrainCommand(Experiment):
     """Continue the run in the run folder from its last whole checkpoint."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU where there is one."""
+    transport: Transport = "auto"
+    """What carries the collectives: `auto` is NCCL between GPUs and Gloo between hosts; `mpi` needs mpirun."""
     dry_run: bool = False
     """Print the plan (batch arithmetic, shards, buckets, memory) and start nothing."""
+    memory_gigabytes: float = 0.0
+    """Memory of a device (10^9 bytes) that --dry-run plans for; 0: this machine's."""
     report: Literal["on", "off"] = "on"
     """Write report.html and print the ledger at the end."""
 
@@ -59,10 +64,15 @@ def run(arguments: Sequence[str]) -> int:
         error.on_every_rank = True  # type: ignore[attr-defined]  # the same words on each: the same mistake
         raise
     if job.command.dry_run:
+        from launch.memory_plan import available_bytes
         from launch.plan import print_plan
 
         if job.placement.rank == 0:
-            print_plan(job.experiment, world_size=job.world_size)
+            here = job.command.nproc if job.placement.launcher == "single" else job.placement.local_world_size
+            memory = available_bytes(
+                gigabytes=job.command.memory_gigabytes, device=job.command.device, processes_here=here
+            )
+            print_plan(job.experiment, world_size=job.world_size, memory_bytes=memory)
         return 0
     if job.placement.launcher == "single" and job.command.nproc > 1:
         return _supervise(arguments, job)
@@ -94,6 +104,7 @@ def _prepare(arguments: Sequence[str]) -> _Job:
         )
     experiment = command.experiment()
     world_size = command.nproc if placement.launcher == "single" else placement.world_size
+    check_transport(command.transport, placement, world_size=world_size)
     check(experiment, world_size=world_size)
     return _Job(
         command=command,
@@ -135,7 +146,14 @@ def _run_rank(job: _Job) -> int:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     world = make_world(job.placement, command.device)
     set_up_logging(rank=world.rank)
-    outcome = run_rank(job.experiment, run_dir=run_dir, resume=command.resume, world=world, placement=job.placement)
+    outcome = run_rank(
+        job.experiment,
+        run_dir=run_dir,
+        resume=command.resume,
+        world=world,
+        placement=job.placement,
+        transport=command.transport,
+    )
     if outcome.stopped:
         raise StoppedOnRequest(
             f"stopped on request after step {outcome.step}: continue with --resume --run-dir {run_dir}"

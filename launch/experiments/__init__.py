@@ -10,7 +10,14 @@ import importlib
 from collections.abc import Callable
 
 from launch.config import Experiment
-from launch.experiments.kinetics import kinetics_tsm, kinetics_tsn
+from launch.experiments.kinetics import (
+    kinetics_goyal,
+    kinetics_lars,
+    kinetics_nonlocal,
+    kinetics_study,
+    kinetics_tsm,
+    kinetics_tsn,
+)
 from launch.experiments.motion import motion_tsm, motion_tsn
 from launch.experiments.video import video_tsm, video_tsn
 from launch.parsing import closest
@@ -22,6 +29,10 @@ EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
     "video_tsn": video_tsn,
     "kinetics_tsm": kinetics_tsm,
     "kinetics_tsn": kinetics_tsn,
+    "kinetics_nonlocal": kinetics_nonlocal,
+    "kinetics_goyal": kinetics_goyal,
+    "kinetics_lars": kinetics_lars,
+    "kinetics_study": kinetics_study,
 }
 
 

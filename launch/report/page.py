@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 
 from dist_train.ledger.summary import AttemptSummary, check_closed
+from launch.report.communication import communication_markup
 from launch.report.confusion import confusion_markup
 from launch.report.contact_sheet import MAX_CLIPS, MAX_JPEG_BYTES, ClipImages, contact_sheet
 from launch.report.curves import Figure, run_legend, training_figures
@@ -206,7 +207,8 @@ def _training(runs: list[RunData]) -> str:
 def _run_sections(run: RunData, clip_images: ClipImages | None, *, limit: int, max_bytes: int) -> str:
     sections = []
     if run.ledger is not None:
-        sections += [_time(run, run.ledger.last), _input(run.ledger.last), _bytes(run.ledger.last)]
+        sections += [_time(run, run.ledger.last), _input(run.ledger.last)]
+        sections += [_communication(run.ledger.last), _bytes(run.ledger.last)]
     if run.predictions is None:
         sections.append(_section("Predictions", "<p>There are no predictions: no final evaluation was written.</p>"))
     else:
@@ -238,6 +240,11 @@ def _input(attempt: AttemptSummary) -> str:
     workers = workers_table(attempt)
     none = "<p>The ranks read, decode and augment by themselves: there are no loader workers.</p>"
     return _section("Loader workers", workers or none)
+
+
+def _communication(attempt: AttemptSummary) -> str:
+    body = communication_markup(attempt)
+    return _section("Communication", body) if body else ""
 
 
 def _bytes(attempt: AttemptSummary) -> str:

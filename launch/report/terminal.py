@@ -1,4 +1,4 @@
-"""The ledger in the terminal: a table that fits 80 columns, loader workers, and one line of verdict.
+"""The ledger in the terminal: tables that fit 80 columns (rows, loader workers, collectives), and a line of verdict.
 
     Console().print(ledger_view(read_ledger(run_dir)))
 
@@ -22,11 +22,19 @@ from dist_train.ledger.summary import (
     WorkerTotals,
     check_closed,
 )
+from launch.report.communication import (
+    collective_rows,
+    gigabits,
+    interface_sentence,
+    lateness,
+    straggler_sentence,
+)
 from launch.report.palette import STACK, STYLE_OF, row_label
 from launch.report.units import bytes_text, count_text, plural, seconds_text, share_text
 from launch.report.verdict import judge
 
 MAX_RANK_COLUMNS = 3
+MAX_COLLECTIVES = 12
 TOLERANCE = 0.02
 _COLORS = {
     "compute": "blue",
@@ -44,6 +52,7 @@ def ledger_view(summary: LedgerSummary, *, attempt: AttemptSummary | None = None
     workers = [rank.workers for rank in attempt.ranks if rank.workers is not None and rank.workers.wall_seconds > 0]
     if workers:
         parts += [_workers_table(workers), Text(_frames_line(workers))]
+    parts += _communication(attempt)
     parts.append(Text(_remainder_line(summary, attempt)))
     parts.append(Text(judge(attempt).sentence, style="bold"))
     return Group(*parts)
@@ -125,6 +134,34 @@ def _workers_table(workers: list[WorkerTotals]) -> Table:
         seconds = sum(worker.seconds[row] for worker in workers)
         table.add_row(row, seconds_text(seconds), _share(seconds, wall))
     return table
+
+
+def _communication(attempt: AttemptSummary) -> list[RenderableType]:
+    """Buckets, how late ranks come, the interface's own count, and the straggler; nothing without collectives."""
+    rows, late = collective_rows(attempt), lateness(attempt)
+    if not rows:
+        return []
+    table = _empty_table("Collectives of training steps, mean of one")
+    table.add_column("name", max_width=25, no_wrap=True, overflow="ellipsis")
+    for name in ("times", "payload", "spread", "wire", "Gbit/s", "hidden"):
+        table.add_column(name, justify="right", no_wrap=True)
+    largest = sorted(rows, key=lambda row: -row.payload * row.count)[:MAX_COLLECTIVES]
+    for row in (row for row in rows if row in largest):
+        times = (seconds_text(row.spread_seconds), seconds_text(row.wire_seconds))
+        busbw, hidden = gigabits(row.bus_bandwidth), share_text(row.hidden_share)
+        table.add_row(row.name, f"{row.count:,}", bytes_text(row.payload), *times, busbw, hidden)
+    if len(rows) > len(largest):
+        table.caption, table.caption_justify = f"and {len(rows) - len(largest)} smaller ones", "left"
+    parts: list[RenderableType] = [table]
+    latest = sorted(late, key=lambda one: -one.late_seconds)[:MAX_RANK_COLUMNS]
+    said = ", ".join(
+        f"rank {one.rank} by {seconds_text(one.late_seconds)} (last {share_text(one.last_share)})" for one in latest
+    )
+    parts.append(Text(f"Latest to arrive, behind the first: {said}"))
+    if counted := interface_sentence(attempt):
+        parts.append(Text(counted))
+    parts.append(Text(straggler_sentence(attempt), style="bold"))
+    return parts
 
 
 def _frames_line(workers: list[WorkerTotals]) -> str:

@@ -37,7 +37,13 @@ def test_two_nodes_under_srun_end_in_the_bits_of_two_local_processes(cluster, tm
     succeeded(cluster.srun(*job, f"--run-dir={tmp_path / 'srun'}"))
     assert_same_bits(tmp_path / "local", tmp_path / "srun")
     world = json.loads((tmp_path / "srun" / "config.json").read_text())["world"]
-    assert world == {"world_size": 2, "num_nodes": 2, "device": "cpu", "launcher": "slurm"}
+    assert world == {
+        "world_size": 2,
+        "num_nodes": 2,
+        "device": "cpu",
+        "launcher": "slurm",
+        "transport": "gloo",
+    }
     ledgers = [tmp_path / "srun" / "ledger" / f"rank_0000{rank}.jsonl" for rank in range(2)]
     starts = [json.loads(path.read_text().splitlines()[0]) for path in ledgers]
     assert [(line["host"], line["node_rank"]) for line in starts] == [("n1", 0), ("n2", 1)]

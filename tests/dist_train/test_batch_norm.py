@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_train.batch_norm import SynchronizedBatchNorm, apply_batch_norm_mode, set_training
+from dist_train.batch_norm import SynchronizedBatchNorm, apply_batch_norm_mode, set_training, statistics_anew
 from dist_train.collectives import Collectives
 from dist_train.world import World
 from tests.ranks import run_ranks
@@ -84,3 +84,68 @@ def test_frozen_statistics_do_not_move_but_scale_and_shift_train():
     set_training(model, "local")
     model(_inputs().float())
     assert not torch.equal(model[0].running_mean, torch.zeros(4))
+
+
+def _norm_of_share(world, num_groups):
+    """One training step's forward and backward of a norm on this rank's share, and the averaged running statistics."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5), nn.Tanh()).double()
+    collectives = Collectives(world)
+    apply_batch_norm_mode(model, "ghost", collectives, num_ghost_groups=num_groups)
+    share = _inputs().chunk(world.world_size)[world.rank].clone().requires_grad_()
+    out = model(share)
+    out.sin().sum().backward()
+    running = [collectives.sum_(b.clone()) / world.world_size for b in (model[1].running_mean, model[1].running_var)]
+    return out.detach(), share.grad, running, int(model[1].num_batches_tracked)
+
+
+@pytest.mark.parametrize("world_size,groups", [(1, 6), (2, 3), (3, 1), (3, 2)])
+def test_ghost_batch_norm_depends_on_the_group_and_not_on_the_number_of_ranks(world_size, groups):
+    (alone,) = run_ranks(_norm_of_share, 1, world_size * groups)
+    ranks = run_ranks(_norm_of_share, world_size, groups)
+    for part in (0, 1):
+        torch.testing.assert_close(torch.cat([rank[part] for rank in ranks]), alone[part], rtol=0, atol=1e-12)
+    for rank in ranks:
+        assert rank[3] == alone[3] == 1
+        for found, expected in zip(rank[2], alone[2], strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_ghost_batch_norm_evaluates_as_plain_batch_norm_and_refuses_a_batch_that_does_not_divide():
+    model = nn.Sequential(nn.BatchNorm2d(4)).double()
+    plain = nn.BatchNorm2d(4).double().eval()
+    apply_batch_norm_mode(model, "ghost", Collectives(World()), num_ghost_groups=4)
+    assert torch.equal(model.eval()(_inputs()), plain(_inputs()))
+    with pytest.raises(ValueError, match="a batch of 6 does not divide into 4"):
+        model.train()(_inputs())
+
+
+def test_partial_freezes_every_layer_but_the_first():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(4)).double()
+    apply_batch_norm_mode(model, "partial", Collectives(World()))
+    set_training(model, "partial")
+    assert [layer.training for layer in model] == [True, False, False]
+    assert [layer.weight.requires_grad for layer in model] == [True, False, False]
+    model(_inputs())
+    assert model[0].running_mean.abs().sum() > 0
+    assert all(layer.running_mean.abs().sum() == 0 for layer in list(model)[1:])
+
+
+def _statistics_anew(world):
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5, momentum=0.3)).double()
+    shares = _inputs().chunk(6)
+    with torch.no_grad(), statistics_anew(model, Collectives(world)):
+        for share in shares[world.rank :: world.world_size]:
+            model(share)
+    return model[1].running_mean, model[1].running_var, model[1].momentum, [model[0](share) for share in shares]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_precise_statistics_are_the_means_over_all_batches_of_all_ranks(world_size):
+    for mean, variance, momentum, outputs in run_ranks(_statistics_anew, world_size):
+        expected = torch.stack([output.mean((0, 2, 3)) for output in outputs]).mean(0)
+        torch.testing.assert_close(mean, expected, rtol=0, atol=1e-12)
+        expected = torch.stack([output.transpose(0, 1).flatten(1).var(1) for output in outputs]).mean(0)
+        torch.testing.assert_close(variance, expected, rtol=0, atol=1e-12)
+        assert momentum == 0.3

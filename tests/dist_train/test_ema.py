@@ -13,7 +13,7 @@ from dist_train.ema import WeightAverage
 def test_the_first_weights_have_half_their_influence_after_the_half_life(batch_clips):
     model = nn.Linear(1, 1)
     nn.init.constant_(model.weight, 1.0)
-    average = WeightAverage(model, half_life_clips=100)
+    average = WeightAverage(dict(model.named_parameters()), half_life_clips=100)
     nn.init.constant_(model.weight, 0.0)
     for _ in range(100 // batch_clips):
         average.update(batch_clips)
@@ -22,7 +22,7 @@ def test_the_first_weights_have_half_their_influence_after_the_half_life(batch_c
 
 def test_the_model_holds_the_average_inside_the_block_only():
     model = nn.Linear(2, 2)
-    average = WeightAverage(model, half_life_clips=10)
+    average = WeightAverage(dict(model.named_parameters()), half_life_clips=10)
     own = model.weight.detach().clone()
     with torch.no_grad():
         model.weight.add_(1.0)
@@ -32,6 +32,6 @@ def test_the_model_holds_the_average_inside_the_block_only():
 
 
 def test_averages_of_another_model_are_refused():
-    average = WeightAverage(nn.Linear(2, 2), half_life_clips=10)
+    average = WeightAverage(dict(nn.Linear(2, 2).named_parameters()), half_life_clips=10)
     with pytest.raises(ValueError, match="another model"):
         average.load_state_dict({"other": torch.zeros(1)})

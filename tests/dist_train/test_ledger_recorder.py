@@ -10,7 +10,7 @@ import torch
 from dist_train.collectives import Collectives
 from dist_train.jsonlines import read_json_lines
 from dist_train.ledger import RANK_ROWS, Ledger, NullLedger
-from dist_train.ledger.clock import HostClock, process_start_seconds
+from dist_train.ledger.clock import ClockOffset, ClockReading, HostClock, process_start_seconds
 from tests.ranks import run_ranks
 
 
@@ -18,13 +18,36 @@ class SetClock:
     """A clock that the test sets."""
 
     def __init__(self) -> None:
-        self.now = 0.0
+        self.seconds = 0.0
 
     def stamp(self) -> float:
-        return self.now
+        return self.seconds
+
+    now = stamp
 
     def resolve(self, stamps):
         return list(stamps)
+
+
+class Others:
+    """One other rank, which arrives at every collective at `moment`."""
+
+    def __init__(self, moment: float) -> None:
+        self.moment, self.told = moment, []
+
+    def first_and_last(self, moments, channel):
+        self.told += moments
+        return [min(m, self.moment) for m in moments], [max(m, self.moment) for m in moments]
+
+
+def launch(ledger, name="main bucket 0", **options):
+    """An all-reduce of 4 kB over two ranks."""
+    sizes = {"num_bytes": 4000, "sent_bytes": 4000.0, "num_ranks": 2}
+    return ledger.launch(name, op="all_reduce", **{**sizes, **options})
+
+
+def constant_offset(seconds):
+    return ClockOffset(ClockReading(at=0.0, offset=seconds, uncertainty=0.0))
 
 
 @pytest.fixture
@@ -41,14 +64,14 @@ def ledger(tmp_path, clock):
 
 def _spend(ledger, clock, row, seconds, **options):
     with ledger.row(row, **options):
-        clock.now += seconds
+        clock.seconds += seconds
 
 
 def test_rows_of_a_span_add_up_and_unclaimed_time_is_remainder(ledger, clock):
-    clock.now = 2.0
+    clock.seconds = 2.0
     ledger.training_begins()
     _spend(ledger, clock, "forward", 3.0)
-    clock.now += 0.5
+    clock.seconds += 0.5
     _spend(ledger, clock, "backward", 4.0)
     ledger.close_span("step", step=1, clips_seen=8)
     startup, step = ledger.flush()
@@ -60,9 +83,9 @@ def test_rows_of_a_span_add_up_and_unclaimed_time_is_remainder(ledger, clock):
 def test_an_inner_row_takes_its_time_from_the_outer_one(ledger, clock):
     ledger.training_begins()
     with ledger.row("forward"):
-        clock.now += 1.0
+        clock.seconds += 1.0
         _spend(ledger, clock, "wire", 2.0)
-        clock.now += 4.0
+        clock.seconds += 4.0
     ledger.close_span("step", step=1, clips_seen=8)
     assert ledger.flush()[-1]["seconds"] == {"forward": 5.0, "wire": 2.0}
 
@@ -72,11 +95,11 @@ def test_an_absorbing_row_keeps_all_its_time_and_ends_with_its_block(ledger, clo
     with ledger.row("evaluation", absorb=True):
         _spend(ledger, clock, "forward", 1.0)
         _spend(ledger, clock, "logging", 2.0, absorb=True)
-        with ledger.waiting(ledger.stamp()):
-            clock.now += 3.0
+        with ledger.waiting(launch(ledger)):
+            clock.seconds += 3.0
     _spend(ledger, clock, "forward", 8.0)
     ledger.close_span("evaluation", step=1, clips_seen=8)
-    assert ledger.flush(lambda values: pytest.fail("no wait was recorded"))[-1]["seconds"] == {
+    assert ledger.flush(Others(3.0))[-1]["seconds"] == {
         "evaluation": 6.0,
         "forward": 8.0,
     }
@@ -89,27 +112,27 @@ def test_an_absorbing_row_keeps_all_its_time_and_ends_with_its_block(ledger, clo
 )
 def test_a_wait_before_the_last_rank_started_is_wait_for_peer(ledger, clock, last_start, peer, wire):
     ledger.training_begins()
-    launched = ledger.stamp()
+    flight = launch(ledger)
     _spend(ledger, clock, "backward", 1.0)
-    with ledger.waiting(launched):
-        clock.now += 5.0
+    with ledger.waiting(flight):
+        clock.seconds += 5.0
     ledger.close_span("step", step=1, clips_seen=8)
-    seconds = ledger.flush(lambda launches: [max(launches[0], last_start)])[-1]["seconds"]
+    seconds = ledger.flush(Others(last_start))[-1]["seconds"]
     assert seconds.get("wait_for_peer") == peer
     assert seconds.get("wire", 0.0) == (wire or 0.0)
     assert sum(seconds.values()) == 6.0
 
 
 def test_clock_offsets_are_taken_off_before_ranks_compare_their_starts(tmp_path, clock):
-    ledger = Ledger(tmp_path / "r", identity={}, clock=clock, started=0.0, clock_offset=100.0)
-    clock.now = 101.0
+    ledger = Ledger(tmp_path / "r", identity={}, clock=clock, started=0.0, offset=constant_offset(100.0))
+    clock.seconds = 101.0
     ledger.training_begins()
-    with ledger.waiting(ledger.stamp()):
-        clock.now += 5.0
+    with ledger.waiting(launch(ledger)):
+        clock.seconds += 5.0
     ledger.close_span("step", step=1, clips_seen=8)
-    told = []
-    seconds = ledger.flush(lambda launches: told.extend(launches) or [3.0])[-1]["seconds"]
-    assert told == [1.0]
+    others = Others(3.0)
+    seconds = ledger.flush(others)[-1]["seconds"]
+    assert others.told == [1.0]
     ledger.end("ok")
     assert seconds == {"wait_for_peer": 2.0, "wire": 3.0}
 
@@ -118,7 +141,7 @@ def test_time_after_the_last_span_belongs_to_the_next_flush(ledger, clock):
     ledger.training_begins()
     ledger.flush()
     with ledger.row("logging"):
-        clock.now += 1.5
+        clock.seconds += 1.5
         assert ledger.flush() == []
     ledger.close_span("step", step=1, clips_seen=8)
     assert ledger.flush()[0]["seconds"] == {"logging": 1.5}
@@ -171,13 +194,13 @@ def _straggle(world, folder):
     collectives = Collectives(world, ledger)
     collectives.barrier()
     ledger.training_begins()
-    ledger.flush(collectives.max_of_floats)
+    ledger.flush(collectives)
     if world.rank == 1:
         with ledger.row("loader_wait"):
             time.sleep(0.5)
     collectives.sum_(torch.ones(1000))
     ledger.close_span("step", step=1, clips_seen=2)
-    span = ledger.flush(collectives.max_of_floats)[-1]
+    span = ledger.flush(collectives)[-1]
     ledger.end("ok")
     return span
 
@@ -187,7 +210,7 @@ def test_a_real_straggler_shows_as_wait_for_peer_on_the_other_rank_only(tmp_path
     assert early["seconds"]["wait_for_peer"] > 0.4
     assert late["seconds"].get("wait_for_peer", 0.0) < 0.1
     assert late["seconds"]["loader_wait"] >= 0.5
-    assert early["bytes"]["wire"] == late["bytes"]["wire"] == 4000 + 8  # and the ledger's own exchange
+    assert early["bytes"]["wire"] == late["bytes"]["wire"] == 4000 + 16  # and the ledger's own exchange
     for span in (early, late):
         assert set(span["seconds"]) <= set(RANK_ROWS)
         assert sum(span["seconds"].values()) == pytest.approx(span["wall_seconds"], abs=1e-4)
@@ -195,7 +218,7 @@ def test_a_real_straggler_shows_as_wait_for_peer_on_the_other_rank_only(tmp_path
 
 def test_the_null_ledger_takes_every_call():
     ledger = NullLedger()
-    with ledger.row("forward"), ledger.waiting(ledger.stamp()):
+    with ledger.row("forward"), ledger.waiting(launch(ledger)):
         ledger.add_bytes("wire", 1)
     ledger.training_begins()
     ledger.close_span("step", step=1, clips_seen=1)

@@ -219,3 +219,29 @@ def test_step_seeds_differ_between_runs_steps_and_ranks():
     seeds = {step_seed(seed, step, rank) for seed in range(5) for step in range(50) for rank in range(20)}
     assert len(seeds) == 5000
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def _train_precisely(world, folder):
+    training = TrainingConfig(batch_clips=12, epochs=2, evaluate_every_epochs=1, precise_batch_norm_clips=20)
+    run = toy_run(world, Path(folder), training)
+    seen = []
+
+    class Statistics:
+        def batches(self, start, stop):
+            seen.append((start, stop))
+            yield from run.loader.batches(start, stop)
+
+    train(replace(run, statistics_loader=Statistics()))
+    plain = toy_run(world, Path(folder) / "plain", replace(training, precise_batch_norm_clips=0))
+    train(plain)
+    return seen, parameters_of(run), parameters_of(plain)
+
+
+def test_precise_batch_norm_changes_the_statistics_and_nothing_else(tmp_path):
+    first, second = run_ranks(_train_precisely, 2, tmp_path)
+    for seen, precise, plain in (first, second):
+        assert seen == [(48, 72), (96, 120)]  # whole global batches, from where the run stands
+        assert not torch.equal(precise["norm.running_var"], plain["norm.running_var"])
+        for name in ("conv.weight", "norm.weight", "fc.bias"):
+            assert torch.equal(precise[name], plain[name])
+    assert torch.equal(first[1]["norm.running_var"], second[1]["norm.running_var"])

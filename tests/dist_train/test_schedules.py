@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dist_train.optimizers import SGDConfig, make_sgd, set_learning_rate
-from dist_train.schedules import ScheduleConfig, learning_rate_factor, linear_scaled
+from dist_train.schedules import ScheduleConfig, learning_rate_factor
 
 
 def _factor(config, clips_seen, *, total=10_000, start=0.25):
@@ -42,8 +42,16 @@ def test_a_warm_up_longer_than_the_run_never_passes_the_peak():
     assert _factor(config, 9_999, total=10_000) < 1.0
 
 
-def test_linear_rule_is_goyals():
-    assert linear_scaled(0.1, 256, 8192) == pytest.approx(3.2)
+@pytest.mark.parametrize("clips_seen,expected", [(0, 1.0), (5_000, 0.1 + 0.9 * 0.25), (10_000, 0.1)])
+def test_a_polynomial_ends_at_its_end_factor(clips_seen, expected):
+    config = ScheduleConfig(kind="polynomial", warmup_epochs=0, power=2, end_factor=0.1)
+    assert _factor(config, clips_seen) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("rule,expected", [("linear", 3.2), ("sqrt", 0.1 * math.sqrt(32)), ("none", 0.1)])
+def test_the_rate_follows_the_batch_by_its_rule(rule, expected):
+    config = SGDConfig(base_learning_rate=0.1, base_batch_clips=256, learning_rate_rule=rule)
+    assert config.peak_learning_rate(8192) == pytest.approx(expected)
 
 
 def test_norm_and_bias_have_no_weight_decay_and_the_rest_has():

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dist_train.batch_norm import apply_batch_norm_mode
 from dist_train.collectives import Collectives
 from dist_train.loop import TrainingConfig, train
 from dist_train.phases import Phase
-from dist_train.strategies import STRATEGIES, ExchangeConfig, make_strategy
-from dist_train.strategies.allreduce import plan_buckets
+from dist_train.strategies import ExchangeConfig, make_strategy
+from dist_train.strategies.buckets import plan_buckets, usual_bucket_bytes
 from dist_train.world import World
 from tests.dist_train.toy import parameters_of, toy_run
 from tests.ranks import run_ranks
@@ -27,7 +28,7 @@ def _train_twenty_steps(world, folder, training, exchange):
     return parameters_of(run)
 
 
-@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@pytest.mark.parametrize("strategy", ["allreduce", "ddp"])
 @pytest.mark.parametrize("batch_norm", ["frozen", "synchronized"])
 @pytest.mark.parametrize("world_size,micro_batches", [(2, 1), (2, 2), (3, 1)])
 def test_twenty_steps_on_w_ranks_equal_one_process_with_the_whole_batch(
@@ -57,7 +58,7 @@ def _train_local_norm(world, folder, strategy):
     return parameters_of(run)
 
 
-@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@pytest.mark.parametrize("strategy", ["allreduce", "ddp"])
 def test_local_batch_norm_keeps_running_statistics_equal_on_all_ranks(tmp_path, strategy):
     first, second = run_ranks(_train_local_norm, 2, tmp_path, strategy)
     assert first["norm.running_var"].std() > 0
@@ -124,6 +125,33 @@ def test_allreduce_is_exact_when_ranks_have_different_graphs(steps):
                     torch.testing.assert_close(gradient, parameter.grad, rtol=0, atol=1e-15)
 
 
+def _second_backward_on_gradients_zeroed_in_place(world):
+    model = _Branches().double()
+    phase = Phase(name="p", module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    strategy = make_strategy(ExchangeConfig(bucket_megabytes=0.0001), Collectives(world))
+    strategy.prepare([phase])
+    found = []
+    for step in range(3):
+        phase.optimizer.zero_grad(set_to_none=False)
+        with strategy.micro_batch(phase, synchronize=True):
+            for _ in range(2 if step and world.rank == 1 else 1):
+                strategy.backward(phase, model(_inputs(step, world.rank), [0, 1, 2]))
+        strategy.finish(phase)
+        found.append([p.grad.clone() for p in model.parameters()])
+    return found
+
+
+def test_gradients_zeroed_in_place_are_not_the_buffers_that_travel():
+    ranks = run_ranks(_second_backward_on_gradients_zeroed_in_place, 2)
+    for step in range(3):
+        model = _Branches().double()
+        for rank, times in enumerate((1, 2 if step else 1)):
+            (model(_inputs(step, rank), [0, 1, 2]) * times / 2).backward()
+        for rank in ranks:
+            for parameter, gradient in zip(model.parameters(), rank[step], strict=True):
+                torch.testing.assert_close(gradient, parameter.grad, rtol=0, atol=1e-15)
+
+
 def _one_head_of_two(world):
     """Synchronised batch norm below, and above it a head that depends on the rank."""
     torch.manual_seed(4)
@@ -177,6 +205,63 @@ def test_gradient_penalty_with_a_bias_outside_the_graph_is_exact():
             torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-15)
 
 
+def _penalty_through_ddp(world, how, bucket_megabytes):
+    """R1 through DDP: `how` says what is done about the last bias, which is not in the graph."""
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    before = [p.detach().clone() for p in model.parameters()]
+    phase = Phase(
+        name="d_reg", module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), double_backward=True
+    )
+    strategy = make_strategy(ExchangeConfig(strategy="ddp", bucket_megabytes=bucket_megabytes), Collectives(world))
+    (phase,) = strategy.prepare([phase])
+    inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    share = inputs.chunk(world.world_size)[world.rank].requires_grad_()
+
+    def one_step():
+        with strategy.micro_batch(phase, synchronize=True):
+            logits = phase.module(share)
+            (slope,) = torch.autograd.grad(logits.sum(), share, create_graph=True)
+            loss = slope.square().sum(1).mean()
+            if how == "zero term" or (how == "one rank without" and world.rank == 0):
+                loss = loss + 0 * logits.sum()
+            if how == "unseen":
+                loss.backward()
+            else:
+                strategy.backward(phase, loss)
+        strategy.finish(phase)
+        strategy.optimizer_step(phase)
+
+    if how == "zero term":
+        one_step()
+        return [p.grad.clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError) as error:
+        one_step()
+    if how == "one rank without":  # rank 1 leaves, and rank 0, which waits for it, is told so by the transport
+        dist.destroy_process_group()
+    for parameter, value in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, value), "a wrong gradient was used"
+    return str(error.value)
+
+
+@pytest.mark.parametrize("bucket_megabytes", [25.0, 0.0001])
+@pytest.mark.parametrize("how", ["seen", "unseen", "one rank without"])
+def test_ddp_stops_before_it_uses_gradients_that_it_has_not_averaged(how, bucket_megabytes):
+    first, second = run_ranks(_penalty_through_ddp, 2, how, bucket_megabytes)
+    assert "a parameter got no gradient on rank 1" in second
+    assert "--exchange.strategy allreduce" in second
+    if how != "one rank without":
+        assert "a parameter got no gradient on rank 0" in first
+
+
+def test_ddp_differentiates_twice_where_every_parameter_is_in_the_graph():
+    (alone,) = run_ranks(_gradient_penalty, 1)
+    for rank in run_ranks(_penalty_through_ddp, 2, "zero term", 25.0):
+        assert rank[-1].eq(0).all()
+        for expected, gradient in zip(alone[:-1], rank[:-1], strict=True):
+            torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-15)
+
+
 def test_buckets_hold_every_parameter_once_and_only_one_dtype():
     sizes, dtypes = (
         [400, 300, 900, 200, 100],
@@ -188,6 +273,19 @@ def test_buckets_hold_every_parameter_once_and_only_one_dtype():
         assert len({dtypes[index] for index in bucket}) == 1
         assert len(bucket) == 1 or sum(sizes[index] for index in bucket) <= 600
     assert buckets == [[4, 1], [3], [2], [0]]
+
+
+@pytest.mark.parametrize(
+    "num_bytes,most,expected",
+    [
+        pytest.param(97_000_000, 25_000_000, 24_250_000, id="four buckets"),
+        pytest.param(400_000_000, 25_000_000, 25_000_000, id="more"),
+        pytest.param(1_500_000, 25_000_000, 1_000_000, id="a megabyte at least"),
+        pytest.param(1_500_000, 500, 500, id="as asked for"),
+    ],
+)
+def test_a_small_model_is_exchanged_in_several_buckets_too(num_bytes, most, expected):
+    assert usual_bucket_bytes(num_bytes, most) == expected
 
 
 @pytest.mark.parametrize("name,megabytes,words", [("horovod", 25.0, "allreduce, ddp"), ("ddp", 0.0, "positive")])

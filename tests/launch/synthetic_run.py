@@ -22,6 +22,9 @@ CLASSES = (
 )
 
 
+LOG_EVERY = 20
+
+
 @dataclass(frozen=True, kw_only=True)
 class SyntheticRun:
     """What the run folder shows."""
@@ -38,6 +41,7 @@ class SyntheticRun:
     """A rank that needs `straggler_seconds` more a step in the loader; the others wait for it."""
     straggler_seconds: float = 0.08
     num_workers: int = 2
+    num_buckets: int = 4
     attempts: int = 1
     """Starts of the run; all but the last are killed in the middle of a line."""
     killed: bool = False
@@ -167,9 +171,42 @@ def _attempt_lines(run: SyntheticRun, rank: int, attempt: int, first: int, last:
         if every and step % every == 0:
             span("evaluation", step, {"evaluation": 1.1 + 0.1 * random.random()})
             span("checkpoint", step, {"checkpoint": 0.22 + 0.05 * random.random()})
+        if run.world_size > 1 and (step % LOG_EVERY == 0 or step == last):
+            place = {"step": step, "end_seconds": round(clock, 6)}
+            lines += [{**line, **place} for line in _communication_lines(run, rank, (step - first) % LOG_EVERY + 1)]
     span("shutdown", -1, {"logging": 0.05, "remainder": 0.004})
     lines.append({"kind": "end", "wall_seconds": round(clock + 0.0002, 6), "exit": "ok"})
     return lines
+
+
+def _communication_lines(run: SyntheticRun, rank: int, num_steps: int) -> list[dict]:
+    """The `collectives` and `host` lines of an interval: buckets that take as long as `wire` says."""
+    late = run.straggler_seconds if run.straggler == rank else 0.0
+    early = 0.0 if run.straggler in (None, rank) else run.straggler_seconds
+    entries = {}
+    for number in range(run.num_buckets):
+        wire = num_steps * run.wire / run.num_buckets
+        size = num_steps * 44_726_568 // run.num_buckets
+        entries[f"classify bucket {number}"] = {
+            "op": "all_reduce",
+            "row": "backward",
+            "ranks": run.world_size,
+            "count": num_steps,
+            "bytes": size,
+            "sent": int(2 * (run.world_size - 1) / run.world_size * size),
+            "last": num_steps if run.straggler == rank else 0,
+            "late": num_steps * late,
+            "early": num_steps * early,
+            "wire": wire,
+            "hidden": 0.8 * wire * (number + 1 < run.num_buckets),
+        }
+    lines = [{"kind": "collectives", "wire_seconds": num_steps * run.wire, "of": entries}]
+    host = {"kind": "host", "run_queue": 0.01, "cpu": 0.1 * num_steps, "switches": 3, "gc": 0.001}
+    if rank % 8 == 0:
+        sent = sum(entry["sent"] for entry in entries.values()) * min(8, run.world_size)
+        moved = {"tx_bytes": int(1.05 * sent), "rx_bytes": int(1.05 * sent), "tx_packets": sent // 1448}
+        host["interface"] = {"name": "eth0", **moved, "rx_packets": sent // 1448}
+    return [*lines, host]
 
 
 def _write_metrics(folder: Path, run: SyntheticRun) -> None:
