@@ -13,13 +13,13 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -P -m pytest --ignore=tests/cluster --numprocesses=$(JOBS) --dist=worksteal
 
-# Real SLURM, from Debian's packages; needs root, installs no service and leaves nothing running.
+# Real SLURM, network namespaces and three MPIs; needs root, installs no service and leaves nothing running.
 test-cluster: $(STAMP)
 	$(BIN)/python -P -m pytest tests/cluster
 
 cluster-packages:
 	apt-get update -q
-	apt-get install -q -y --no-install-recommends slurmctld slurmd slurm-client slurm-wlm-basic-plugins iproute2
+	apt-get install -q -y --no-install-recommends slurmctld slurmd slurm-client slurm-wlm-basic-plugins iproute2 libpmix-dev
 
 check: lint types test wheel
 

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.pairs import Ratio
-from benchmarks.small_run import LOG_EVERY_STEPS, make_optimizer, random_batch, small_model, small_run
+from benchmarks.small_run import LOG_EVERY_STEPS, random_batch, small_model, small_optimizer, small_run
 from data_shards.batch import Batch
 from dist_train.ledger import Ledger
 from dist_train.loop import train
@@ -52,7 +52,7 @@ class _Turns:
 
     def __post_init__(self) -> None:
         self._model = small_model(self.width).train()
-        self._optimizer = make_optimizer(self._model)
+        self._optimizer = small_optimizer(self._model)
         self._resumed: float | None = None
 
     def on_step(self, step: int) -> None:  # noqa: ARG002

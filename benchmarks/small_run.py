@@ -14,7 +14,7 @@ from dist_train.checkpoint import CheckpointConfig
 from dist_train.collectives import Collectives
 from dist_train.ledger.recorder import Recorder
 from dist_train.loop import Run, TrainingConfig
-from dist_train.optimizers import SGDConfig, make_sgd
+from dist_train.optimizers import OptimizerConfig, make_optimizer
 from dist_train.schedules import ScheduleConfig
 from dist_train.strategies import ExchangeConfig, make_strategy
 from dist_train.tasks.video_classification import VideoClassification
@@ -66,9 +66,9 @@ def small_model(width: int) -> nn.Module:
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in PyTorch's stubs
 
 
-def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+def small_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     """The loop's SGD."""
-    return make_sgd(SGDConfig(), model, learning_rate=0.01)
+    return make_optimizer(OptimizerConfig(), model, learning_rate=0.01)
 
 
 def small_run(
@@ -79,7 +79,7 @@ def small_run(
     collectives = Collectives(World(), ledger)
     loader = OneBatch(batch, len(batch.labels) * num_steps)
     return Run(
-        task=VideoClassification(model, make_optimizer(model)),
+        task=VideoClassification(model, small_optimizer(model)),
         loader=loader,
         evaluation_loader=loader,
         collectives=collectives,

@@ -33,7 +33,8 @@ from dist_train.links import time_links
 CLOCK_SECONDS = 60.0
 """Clocks are compared again after so long: two hosts whose crystals differ by 20 ppm are then 1.2 ms apart."""
 PROBE_BELOW = 0.5
-"""Links are timed again when the bus bandwidth falls below this share of the best so far."""
+"""Links are timed again when the bus bandwidth falls below this share of the best so far, and with the clocks as long
+as one of them is slow."""
 PROBE_PAUSE = 100.0
 """But not before this many times what the last timing took: 1 % of the time at most."""
 _LEAST_BYTES = 1e6  # an interval that moved less says nothing about bandwidth
@@ -124,7 +125,9 @@ class Accounts:
         if self._world.num_nodes > 1:
             if clock_is_due:
                 self._read_clock()
-            if bandwidth and bandwidth < PROBE_BELOW * self._best_bandwidth and links_may_be_timed:
+            slower = bandwidth and bandwidth < PROBE_BELOW * self._best_bandwidth
+            named = clock_is_due and slow_link(self._links) is not None  # it may be well again, or was chance
+            if (slower or named) and links_may_be_timed:
                 self._time_links()
         self._best_bandwidth = max(self._best_bandwidth, bandwidth)
         return self._metrics(standings, bandwidth) if self._world.is_first else {}

@@ -210,10 +210,18 @@ class Observer:
             started=counts,
             waiting=waiting,
             waiting_seconds=now - since if waiting is not None else 0.0,
-            loader=activity.loader() if in_loader and activity.loader else "",
+            loader=_said_by(activity.loader) if in_loader else "",
             code=main_thread_code(),
             ended=ended,
         )
+
+
+def _said_by(loader: Callable[[], str] | None) -> str:
+    """What the loader, whoever wrote it, is doing: nothing that it raises may end the records of this rank."""
+    try:
+        return "" if loader is None else loader()
+    except Exception as error:
+        return f"its loader does not say what it does: {type(error).__name__}: {error}"
 
 
 def main_thread_code() -> str:

@@ -46,7 +46,7 @@ class Clocks:
             if self._world.is_first:
                 self._answer()
             elif self._world.rank == self.leaders[self._world.node_rank]:
-                found[self._world.node_rank] = torch.tensor(self._ask())
+                found[self._world.node_rank] = torch.tensor(self._ask(), dtype=torch.float64)
         at = self._now()
         table = self._collectives.sum_(found.to(self._world.device), name="ledger: clocks")
         offset, uncertainty = table[self._world.node_rank].tolist()

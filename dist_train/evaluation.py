@@ -42,14 +42,16 @@ def evaluate(
         module.eval()
     totals: dict[str, torch.Tensor] = {}
     predictions: list[Prediction] = []
+    num_judged = 0
     for batch in batches:
         with autocast():
             sums, found = task.evaluation_sums(batch.to(device, non_blocking=True))
         for name, value in sums.items():
             totals[name] = totals.get(name, torch.zeros((), device=device, dtype=torch.float64)) + value.double()
         predictions.extend(found)
+        num_judged += len(batch)
         if on_batch is not None:
-            on_batch(len(predictions))
+            on_batch(num_judged)
     for layers in training.values():
         for layer in layers:
             layer.training = True

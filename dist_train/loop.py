@@ -100,8 +100,13 @@ class TrainingConfig:
             "evaluate_every_epochs",
             "precise_batch_norm_clips",
         ):
-            if getattr(self, name) < 0:
-                found.append(f"training.{name} is {getattr(self, name)}: use 0 or more")
+            if not 0 <= getattr(self, name) < math.inf:
+                found.append(f"training.{name} is {getattr(self, name)}: use a finite number, 0 or more")
+        if self.precise_batch_norm_clips > 0 and self.batch_norm == "frozen":
+            found.append(
+                f"training.precise_batch_norm_clips is {self.precise_batch_norm_clips}, but training.batch_norm frozen "
+                "keeps the statistics as they are: use 0"
+            )
         if not 0 <= self.label_smoothing < 1:
             found.append(f"training.label_smoothing is {self.label_smoothing}: use a number from 0 to below 1")
         return found
@@ -195,9 +200,9 @@ class _Loop:
         half_life = self.config.ema_half_life_clips
         self.averages = {
             phase.name: WeightAverage(run.strategy.weights(phase), half_life_clips=half_life)
-            for phase in run.task.phases
+            for phase in {id(phase.module): phase for phase in reversed(run.task.phases)}.values()
             if half_life > 0
-        }
+        }  # one of each module, under its first phase
         if start is not None:
             self._restore(start)
         self.autocast = _autocast(self.config.precision, self.world.device)
@@ -249,7 +254,7 @@ class _Loop:
     def _step(self, batches: Iterator[Batch]) -> None:
         run, config, ledger, step = self.run_, self.config, self.run_.ledger, self.progress.step
         self.activity.step = step
-        torch.manual_seed(step_seed(config.seed, step, self.world.rank))
+        _seed_generators(step_seed(config.seed, step, self.world.rank), self.world.device)
         run.strategy.step_begins(self.progress.clips_seen / self.clips_per_epoch)
         self.counted = 0.0
         micro_batches = [self._next_batch(batches) for _ in range(config.micro_batches)]
@@ -337,7 +342,7 @@ class _Loop:
         ledger.add_bytes(rows.HOST_TO_DEVICE, batch.num_bytes)
         if run.journal is not None:
             with ledger.row(rows.LOGGING):
-                used = batch.weights > 0  # a sample that was skipped has not been trained on
+                used = batch.weights > 0 if run.weighted else slice(None)  # what was skipped has not been trained on
                 run.journal.add(
                     step=self.progress.step,
                     positions=batch.positions[used].tolist(),
@@ -378,6 +383,8 @@ class _Loop:
     def _mean_losses(self) -> dict[str, float]:
         """Means over the steps since the last log and over the ranks: the one place that waits for the device."""
         names = sorted({name for step in self.losses for name in step})
+        if not names:  # no phase's turn came since the last log
+            return {}
         means = torch.stack([torch.stack([step[n] for step in self.losses if n in step]).mean() for n in names])
         means = self.run_.collectives.sum_(means.float(), name="losses") / self.world.world_size
         self.losses = []
@@ -497,6 +504,13 @@ class _Loop:
         interval = every_epochs * self.clips_per_epoch
         after = self.progress.clips_seen
         return int(after / interval) > int((after - self.config.batch_clips) / interval)
+
+
+def _seed_generators(seed: int, device: torch.device) -> None:
+    """`torch.manual_seed` of the generators in use: the whole of it asks every accelerator, 80 us a step."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _seconds_a_step(spans: Sequence[Mapping[str, Any]]) -> dict[str, float]:

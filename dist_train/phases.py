@@ -32,6 +32,9 @@ class Phase:
     """The phase runs at every step whose number is a multiple of this."""
     double_backward: bool = False
     """The phase's losses differentiate through a gradient (R1, path length); not every strategy can do that."""
+    calls_parts: bool = False
+    """The phase's losses call methods or children of the module (StyleGAN's mapping and synthesis) and not the module
+    itself; a strategy that wraps its forward cannot do that."""
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters this phase updates, in the order of its optimizer's groups."""

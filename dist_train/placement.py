@@ -28,6 +28,8 @@ class Placement:
     """Port on that host, where the environment tells."""
     job_key: str | None = None
     """A string that all processes of this job share and no other job on the node does, where there is one."""
+    store_is_there: bool = False
+    """The launcher keeps a store at the master's address and port: rank 0 need not open one."""
 
     @property
     def on_one_node(self) -> bool:
@@ -91,8 +93,17 @@ def _torchrun(environ: Mapping[str, str]) -> Placement:
         num_nodes=int(environ.get("GROUP_WORLD_SIZE", max(world_size // local_world_size, 1))),
         master_address=environ.get("MASTER_ADDR"),
         master_port=int(port) if port else None,
-        job_key=environ.get("REELSCALE_JOB_KEY"),
+        job_key=environ.get("REELSCALE_JOB_KEY") or _attempt(environ),
+        store_is_there=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
+
+
+def _attempt(environ: Mapping[str, str]) -> str | None:
+    """torchrun's agent keeps one store for all attempts: what one of them leaves there is not the next one's."""
+    if "TORCHELASTIC_RUN_ID" not in environ:
+        return None
+    restarts = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return f"torchrun-{environ['TORCHELASTIC_RUN_ID']}.{restarts}.{environ['WORLD_SIZE']}"
 
 
 def _slurm(environ: Mapping[str, str]) -> Placement:

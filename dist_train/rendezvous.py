@@ -99,7 +99,7 @@ def process_group(
     # The prefix keeps a job that happens on another job's port from meddling with its keys.
     store = dist.PrefixStore(placement.job_key or "reelscale", _store(placement, start_seconds))
     wait_for_all(store, rank=world.rank, world_size=world.world_size, timeout_seconds=start_seconds)
-    backend = _backend(world, store, transport)
+    backend = choose_backend(world, store, transport)
     dist.init_process_group(
         backend,
         store=store,
@@ -152,8 +152,15 @@ def _load_mpi(placement: Placement) -> None:
         )
 
 
-def _backend(world: World, store: dist.Store, transport: Transport = "auto") -> str:
-    """Gloo for the host's tensors; for CUDA's NCCL, or Gloo where processes of one node share a GPU (NCCL refuses)."""
+def choose_backend(world: World, store: dist.Store, transport: Transport = "auto") -> str:
+    """PyTorch's name of what carries the collectives. Every rank calls it with the same store.
+
+    `auto` is Gloo for the host's tensors, and for CUDA's NCCL, or Gloo where processes of one node share a GPU (which
+    NCCL refuses).
+
+    Raises:
+        ValueError: the transport cannot carry the tensors of these devices.
+    """
     if transport in ("mpi", "gloo"):
         return {"mpi": "mpi4py", "gloo": "gloo"}[transport]
     if world.device.type != "cuda":
@@ -176,16 +183,16 @@ def _store(placement: Placement, timeout_seconds: float) -> dist.Store:
     if address is None and not placement.on_one_node:
         address, port = _address_by_mpi(placement)
     if address is not None and port is not None:
+        opens = placement.rank == 0 and not placement.store_is_there
         try:
-            return dist.TCPStore(
-                address, port, placement.world_size, placement.rank == 0, timeout=timeout, wait_for_workers=False
-            )
+            return dist.TCPStore(address, port, placement.world_size, opens, timeout=timeout, wait_for_workers=False)
         except dist.DistError as error:
-            if placement.rank == 0:
+            if opens:
                 raise
+            keeper = f"{placement.launcher}'s store" if placement.store_is_there else "rank 0"
             raise CollectiveTimeout(
-                f"rank {placement.rank} on {socket.gethostname()} did not find rank 0 at {address}:{port} within "
-                f"{timeout_seconds:g} s: look whether rank 0 has started, and whether its port can be reached",
+                f"rank {placement.rank} on {socket.gethostname()} did not find {keeper} at {address}:{port} within "
+                f"{timeout_seconds:g} s: look whether it has started, and whether its port can be reached",
                 on_every_rank=placement.local_rank > 1,  # rank 0 does not say it: one or two of each node do
             ) from error
     return _store_on_one_node(placement, timeout)

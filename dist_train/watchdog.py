@@ -126,10 +126,10 @@ class Watchdog:
         if self._closing.is_set():
             return
         self._closing.set()
+        self._thread.join(self._patience)  # first: a record that it is about to write would replace the last one
         ended = "" if error is None else spell_error(error)
         if not self._store_is_gone:
             _in_time(lambda: self._publish(ended), self._patience)
-        self._thread.join(self._patience)
 
     # -- the main thread ---------------------------------------------------------------------------------------
 
@@ -141,15 +141,15 @@ class Watchdog:
         """Waits for `work`; raises `CollectiveTimeout` or `PeerLost`."""
         activity = self.activity
         activity.waiting_since = time.perf_counter()
-        if not self._host_waits:
-            work.wait()
-            self._under_way.append((work, ticket, activity.waiting_since))
-            return
         activity.waiting = ticket
         try:
-            work.wait(self._timeout)
+            if self._host_waits:
+                work.wait(self._timeout)
+            else:  # but for host tensors beside NCCL's, which the process group's time-out bounds
+                work.wait()
+                self._under_way.append((work, ticket, activity.waiting_since))
         except RuntimeError as error:
-            self._raise_explained(error, ticket, timed_out=not work.is_completed())
+            self._raise_explained(error, ticket, timed_out=self._host_waits and not work.is_completed())
         activity.waiting = None
 
     @contextmanager

@@ -81,8 +81,8 @@ def _fail(error: Exception, *, first_speaks: bool = True) -> int:
     if os.environ.get("REELSCALE_TRACEBACK"):
         traceback.print_exc()
     folder = os.environ.get(FAILURES_FOLDER)
-    if folder and placement.launcher == "local":  # the process that started this one says it
-        write_failure(Path(folder), failure)
+    if folder and placement.launcher == "local" and write_failure(Path(folder), failure):
+        pass  # the process that started this one says it
     elif (first_speaks and placement.rank == 0) or not _told_to_all(error):
         say(failure, show_rank=placement.world_size > 1)
     return failure.exit_code

@@ -15,7 +15,7 @@ from data_shards.clips import ClipConfig
 from data_shards.loader import LoaderConfig
 from dist_train.checkpoint import CheckpointConfig
 from dist_train.loop import TrainingConfig
-from dist_train.optimizers import SGDConfig
+from dist_train.optimizers import OptimizerConfig
 from dist_train.schedules import ScheduleConfig
 from dist_train.strategies import ExchangeConfig
 
@@ -79,7 +79,7 @@ class Experiment:
     """The data."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model."""
-    optimizer: SGDConfig = field(default_factory=SGDConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """The learning rate over time."""

@@ -66,9 +66,16 @@ def describe(error: BaseException, *, rank: int = 0) -> Failure:
     )
 
 
-def write_failure(folder: Path, failure: Failure) -> None:
-    """Leaves a rank's failure where the supervising process looks for it."""
-    (folder / f"rank_{failure.rank:05d}.json").write_text(json.dumps(asdict(failure)), encoding="utf-8")
+def write_failure(folder: Path, failure: Failure) -> bool:
+    """Leaves a rank's failure where the supervising process looks for it; False where it cannot (a full disk)."""
+    path = folder / f"rank_{failure.rank:05d}.json"
+    aside = path.with_suffix(".partial")
+    try:
+        aside.write_text(json.dumps(asdict(failure)), encoding="utf-8")
+        aside.replace(path)
+    except OSError:
+        return False
+    return True
 
 
 def read_failures(folder: Path) -> list[Failure]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from rich.table import Table
+from torch import nn
 
 from dist_train.loop import steps_left
-from dist_train.strategies.buckets import plan_buckets
+from dist_train.strategies import ExchangeConfig
+from dist_train.strategies.buckets import plan_buckets, usual_bucket_bytes
 from launch.config import Experiment
 from launch.console import console
 from launch.memory_plan import describe_memory, memory_table, plan_memory
@@ -24,26 +26,23 @@ def plan(experiment: Experiment, *, world_size: int) -> dict[str, str]:
             num_classes=len(splits.training.classes),
             num_segments=experiment.data.clip.num_segments,
         )
-    parameters = list(model.parameters())
-    sizes = [p.numel() * p.element_size() for p in parameters]
-    order = list(reversed(range(len(parameters))))
-    buckets = plan_buckets(sizes, [p.dtype for p in parameters], order, experiment.exchange.bucket_bytes)
     steps = steps_left(num_samples=len(splits.training), epochs=training.epochs, batch_clips=training.batch_clips)
     peak = optimizer.peak_learning_rate(training.batch_clips)
     micro_batch = training.batch_clips // world_size // training.micro_batches
     return {
         "experiment": experiment.name,
-        "model": f"{experiment.model.name}, {sum(p.numel() for p in parameters):,} parameters",
+        "model": f"{experiment.model.name}, {sum(p.numel() for p in model.parameters()):,} parameters",
         "processes": f"{world_size}, gradients by {experiment.exchange.strategy}" if world_size > 1 else "1",
         "batch": f"{training.batch_clips} clips = {world_size} processes x {training.micro_batches} micro-batches x "
         f"{micro_batch} clips",
         "steps": f"{steps:,} = {training.epochs:g} epochs of {len(splits.training):,} clips",
-        "learning rate": f"{peak:g} at the peak, linear from {optimizer.base_learning_rate:g} at "
-        f"{optimizer.base_batch_clips} clips; warm-up {experiment.schedule.warmup_epochs:g} epochs, "
+        "learning rate": f"{peak:g} at the peak ({optimizer.learning_rate_rule} rule from "
+        f"{optimizer.base_learning_rate:g} at {optimizer.base_batch_clips} clips); warm-up "
+        f"{experiment.schedule.warmup_epochs:g} epochs, "
         f"{experiment.schedule.kind}",
         "training split": _describe(splits.training),
         "evaluation split": _describe(splits.evaluation),
-        "exchange a step": f"{sum(sizes) / 1e6:.1f} MB in {len(buckets)} buckets" if world_size > 1 else "none",
+        "exchange a step": _exchange(experiment.exchange, model) if world_size > 1 else "none",
     }
 
 
@@ -60,6 +59,20 @@ def print_plan(experiment: Experiment, *, world_size: int, memory_bytes: float) 
     if memory.activations:
         console().print()
         console().print(memory_table(memory))
+
+
+def _exchange(config: ExchangeConfig, model: nn.Module) -> str:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    sizes = [p.numel() * p.element_size() for p in parameters]
+    gradients = f"{sum(sizes) / 1e6:.1f} MB"
+    if config.strategy not in ("allreduce", "ddp"):
+        return f"{gradients} of gradients, cut into parts by {config.strategy}"
+    most = config.bucket_bytes
+    if config.strategy == "allreduce":
+        most = usual_bucket_bytes(sum(sizes), most)
+    order = list(reversed(range(len(parameters))))
+    buckets = plan_buckets(sizes, [p.dtype for p in parameters], order, most)
+    return f"{gradients} in {len(buckets)} buckets"
 
 
 def _describe(manifest: object) -> str:

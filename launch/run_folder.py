@@ -75,6 +75,7 @@ def _identity(description: dict[str, Any]) -> dict[str, Any]:
         "classes": description["classes"],
         "samples of the training split": description["num_training_samples"],
         "--training.seed": config["training"]["seed"],
+        "--optimizer.name": config["optimizer"]["name"],
         "--data.clip.num-segments": config["data"]["clip"]["num_segments"],
         **{f"--data.loader.{key.replace('_', '-')}": loader[key] for key in loader if key.startswith("shuffle")},
         **{f"--model.{key.replace('_', '-')}": value for key, value in model.items() if key != "weights"},

@@ -27,7 +27,7 @@ from dist_train.ledger.clock import ClockOffset
 from dist_train.ledger.recorder import Recorder
 from dist_train.ledger.rows import LOGGING
 from dist_train.loop import Outcome, Run, steps_left, train
-from dist_train.optimizers import make_sgd
+from dist_train.optimizers import make_optimizer
 from dist_train.placement import Placement
 from dist_train.recompute import apply_recomputation
 from dist_train.rendezvous import Transport, process_group
@@ -264,7 +264,7 @@ def make_task(experiment: Experiment, splits: Splits, collectives: Collectives) 
     apply_recomputation(model, training.activation_checkpointing)
     peak = optimizer.peak_learning_rate(training.batch_clips)
     return VideoClassification(
-        model, make_sgd(optimizer, model, learning_rate=peak), label_smoothing=training.label_smoothing
+        model, make_optimizer(optimizer, model, learning_rate=peak), label_smoothing=training.label_smoothing
     )
 
 

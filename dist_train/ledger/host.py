@@ -107,20 +107,29 @@ def interface_counters() -> dict[str, dict[str, int]]:
 
 
 def infiniband_counters(root: Path = Path("/sys/class/infiniband")) -> dict[str, int]:
-    """Bytes of all InfiniBand ports; the kernel counts them in words of four bytes."""
+    """Bytes of all InfiniBand ports that count them; the kernel does so in words of four bytes."""
     sums = {}
     for direction, counter in (("tx_bytes", "port_xmit_data"), ("rx_bytes", "port_rcv_data")):
         files = root.glob(f"*/ports/*/counters/{counter}")
-        sums[direction] = 4 * sum(int(file.read_text()) for file in files)
+        sums[direction] = 4 * sum(_read_count(file) for file in files)
     return sums
+
+
+def _read_count(file: Path) -> int:
+    """Of a port; 0 where it has no counter behind its file (virtual functions: EINVAL, or "N/A (no PMA)")."""
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return 0
 
 
 def group_interface() -> str | None:
     """The interface that Gloo and NCCL use: the one their variables name, else the one with the host's address."""
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        wanted = os.environ.get(variable, "").lstrip("=^").split(",")[0]
-        if wanted:
-            return next((name for _, name in socket.if_nameindex() if name.startswith(wanted)), None)
+        wanted = os.environ.get(variable, "").split(",")[0]
+        if wanted and not wanted.startswith("^"):  # which says what NCCL is not to use
+            names = [name for _, name in socket.if_nameindex() if name.startswith(wanted.lstrip("="))]
+            return min(names, key=len, default=None)  # the exact name, where "eth1" is also how "eth10" begins
     try:
         address = socket.gethostbyname(socket.gethostname())
     except OSError:

@@ -46,7 +46,7 @@ class Recorder(Protocol):
 
 
 class NullLedger:
-    """A ledger that records nothing (`--ledger off`), to measure what the ledger costs."""
+    """A ledger that records nothing (`--monitor.ledger off`), to measure what the ledger costs."""
 
     _nothing = nullcontext()
 

@@ -37,17 +37,19 @@ def _leave() -> None:
         return
     crashed = getattr(sys, "last_value", None) is not None
     progress.stop()
-    outstanding = progress.outstanding()
     request = _farewell.Ibarrier()
-    troubled = bool(crashed or problems or outstanding)
-    deadline = time.monotonic() + GRACE_SECONDS if troubled else None
+    deadline = time.monotonic() + GRACE_SECONDS
     pause = 1e-4
-    while not request.Test():
-        if deadline is not None and time.monotonic() > deadline:
-            _abort("its peers do not end")
+    while True:
+        outstanding = progress.poll()  # what nobody has waited for may complete now
+        all_leave = request.Test()
+        if all_leave and not outstanding:
+            break
+        if (crashed or problems or outstanding) and time.monotonic() > deadline:
+            _abort("operations never completed" if all_leave else "its peers do not end")
         time.sleep(pause)
         pause = min(2 * pause, 0.01)
-    if outstanding or abandoned:
+    if abandoned:
         _abort("operations never completed")
     MPI.Finalize()
 

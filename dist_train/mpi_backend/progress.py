@@ -79,6 +79,13 @@ class Progress:
         with self._condition:
             return list(self._outstanding)
 
+    def poll(self) -> list[Operation]:
+        """Asks MPI once about the outstanding operations and returns those that are not done."""
+        with self._condition:
+            if not self._polled:
+                self._poll()
+            return list(self._outstanding)
+
     def stop(self) -> None:
         """Ends the background thread."""
         with self._condition:

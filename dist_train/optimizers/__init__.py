@@ -43,7 +43,3 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     return float(optimizer.param_groups[0]["lr"])
-
-
-SGDConfig = OptimizerConfig  # TEMPORARY until the helpers are done
-make_sgd = make_optimizer

@@ -20,7 +20,7 @@ from dist_train.reduction.lane import Lane
 from dist_train.reduction.powersgd import PowerSGDReducer
 from dist_train.reduction.reducer import Reducer
 from dist_train.reduction.sums import DenseReducer, Nodes, OneCollective, Route, ThroughNodes
-from dist_train.strategies.base import Replicated, broadcast_modules
+from dist_train.strategies.base import Replicated, broadcast_modules, check_owners
 from dist_train.strategies.config import ExchangeConfig
 from dist_train.strategies.exchange import PhaseExchange
 
@@ -39,8 +39,10 @@ class FusedAllreduce(Replicated):
         """Broadcasts rank 0's modules and hooks every phase's parameters.
 
         Raises:
-            ValueError: the ranks do not form the hierarchy that `exchange.hierarchical on` asks for.
+            ValueError: the ranks do not form the hierarchy that `exchange.hierarchical on` asks for, or an optimizer
+                holds parameters that are not its phase's module's.
         """
+        check_owners(phases, strategy=self.name)
         if self._collectives.world.world_size > 1:
             broadcast_modules(phases, self._collectives)
             channel = self._collectives.new_channel()

@@ -122,6 +122,7 @@ class Replicated:
     def load_state(self, phases: Sequence[Phase], state: Mapping[str, Any]) -> None:
         """Every rank takes all of it."""
         for phase in phases:
+            check_groups(phase, state["optimizers"][phase.name])
             phase.module.load_state_dict(state["modules"][phase.name])
             options = [{k: v for k, v in g.items() if k != "params"} for g in phase.optimizer.param_groups]
             phase.optimizer.load_state_dict(state["optimizers"][phase.name])
@@ -163,6 +164,38 @@ class Replicated:
         """Nothing to let go of."""
 
 
+def check_groups(phase: Phase, saved: Mapping[str, Any]) -> None:
+    """Refuses an optimizer's state whose groups are not this run's: ValueError."""
+    before = [len(group["params"]) for group in saved["param_groups"]]
+    now = [len(group["params"]) for group in phase.optimizer.param_groups]
+    if before != now:
+        raise ValueError(
+            f"the checkpoint's optimizer of phase {phase.name!r} has groups of {before} parameters, and this run's of "
+            f"{now}: resume with the flags that choose what is trained, decayed and scaled as they were"
+        )
+
+
+def check_whole_calls(phases: Sequence[Phase], *, strategy: str) -> None:
+    """Refuses phases that a strategy which wraps modules' forward would not see: ValueError."""
+    for phase in phases:
+        if phase.calls_parts:
+            raise ValueError(
+                f"phase {phase.name!r} calls parts of its module (calls_parts), and exchange.strategy {strategy!r} "
+                "sees only calls of the whole module: use allreduce"
+            )
+
+
+def check_owners(phases: Sequence[Phase], *, strategy: str) -> None:
+    """Refuses an optimizer with parameters that are not its module's: they are neither sent nor saved. ValueError."""
+    for phase in phases:
+        members = {id(parameter) for parameter in phase.module.parameters()}
+        if any(id(parameter) not in members for parameter in phase.parameters()):
+            raise ValueError(
+                f"the optimizer of phase {phase.name!r} holds parameters that are not its module's, which "
+                f"exchange.strategy {strategy!r} can neither send nor save: make them part of the module"
+            )
+
+
 def broadcast_modules(phases: Sequence[Phase], collectives: Collectives) -> None:
     """Overwrites parameters and buffers of every phase's module with those of rank 0."""
     if collectives.world.world_size == 1:
@@ -186,15 +219,18 @@ class BufferAverage:
     """
 
     def __init__(self, phases: Sequence[Phase], collectives: Collectives) -> None:
-        layers = {id(m): m for phase in phases for m in phase.module.modules() if isinstance(m, _BatchNorm)}
-        statistics = [s for layer in layers.values() for s in (layer.running_mean, layer.running_var)]
-        self._buffers = [buffer for buffer in statistics if buffer is not None]
+        layers = (m for phase in phases for m in phase.module.modules() if isinstance(m, _BatchNorm))
+        self._layers = list(dict.fromkeys(layers))
+        self._buffers: list[torch.Tensor] = []
         self._collectives = collectives
         self._flat: torch.Tensor | None = None
         self._pending: Any = None
 
     def start(self) -> None:
-        """Starts to average what the buffers hold now."""
+        """Starts to average what the buffers hold now; frozen layers' are equal, and a mean could round them."""
+        moving = [layer for layer in self._layers if layer.training]
+        statistics = [s for layer in moving for s in (layer.running_mean, layer.running_var)]
+        self._buffers = [buffer for buffer in statistics if buffer is not None]
         if self._collectives.world.world_size == 1 or not self._buffers:
             return
         with torch.no_grad():

@@ -71,6 +71,16 @@ class ExchangeConfig:
         for name, (value, is_set) in only_allreduce.items():
             if is_set and self.strategy != "allreduce":
                 found.append(f"exchange.{name} {value} needs exchange.strategy allreduce, not {self.strategy}")
+        if self.strategy == "fsdp2" and self.bucket_megabytes not in ("auto", USUAL_BUCKET_MEGABYTES):
+            found.append(
+                f"exchange.bucket_megabytes is {self.bucket_megabytes}, but fsdp2 has no buckets: it sends a repeated "
+                "block of the model at a time; leave it out"
+            )
+        if self.compression != "powersgd" and self.powersgd_rank not in (0, ExchangeConfig.powersgd_rank):
+            found.append(
+                f"exchange.powersgd_rank is {self.powersgd_rank} but exchange.compression is {self.compression}: use "
+                "powersgd"
+            )
         if self.average_every_steps > 1 and self.strategy not in ("allreduce", "ddp"):
             found.append(
                 f"exchange.average_every_steps is {self.average_every_steps}: local SGD needs a whole model on each "

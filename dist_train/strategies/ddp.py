@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_train.collectives import Collectives
 from dist_train.ledger.flights import Flight
 from dist_train.phases import Phase
-from dist_train.strategies.base import Replicated
+from dist_train.strategies.base import Replicated, check_owners, check_whole_calls
 from dist_train.strategies.config import ExchangeConfig
 
 
@@ -49,7 +49,13 @@ class DistributedDataParallelStrategy(Replicated):
         self._flights: list[Flight] = []
 
     def prepare(self, phases: Sequence[Phase]) -> list[Phase]:
-        """Wraps each phase's module; DDP broadcasts rank 0's parameters and buffers."""
+        """Wraps each phase's module; DDP broadcasts rank 0's parameters and buffers.
+
+        Raises:
+            ValueError: a phase calls its module by parts, or its optimizer holds parameters of another.
+        """
+        check_owners(phases, strategy=self.name)
+        check_whole_calls(phases, strategy=self.name)
         if self._collectives.world.world_size == 1:
             return list(phases)
         return [replace(phase, module=self._wrap(phase)) for phase in phases]

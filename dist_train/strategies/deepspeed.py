@@ -87,7 +87,7 @@ class ZeroStrategy(Replicated):
         ).items():  # ZeRO 3 reads it in its steps, too
             os.environ.setdefault(name, value)
         self._engine.register_forward_pre_hook(inside.remember)
-        self._guard = OneBackward(replace(phase, module=self._engine), strategy=self.name)
+        self._guard = OneBackward([replace(phase, module=self._engine)], strategy=self.name)
         return [replace(phase, module=self._engine)]
 
     def _settings(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class ZeroStrategy(Replicated):
         if self._engine is None:
             return
         missing = torch.tensor([name in self._without for name in sorted(self._expected)], dtype=torch.uint8)
-        missing = self._collectives.max_(missing)
+        missing = self._collectives.max_(missing, name=f"{phase.name} parameters unused")
         self._without = set(self._expected)
         names = [name for name, gone in zip(sorted(self._expected), missing.tolist(), strict=True) if gone]
         if names:

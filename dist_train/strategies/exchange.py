@@ -42,6 +42,7 @@ class PhaseExchange:
     def __init__(self, phase: Phase, collectives: Collectives, reducer: Reducer, bucket_bytes: int | None) -> None:
         self._phase, self._collectives, self._reducer = phase, collectives, reducer
         self._parameters = [p for p in phase.parameters() if p.requires_grad]
+        self._hooked = {id(p) for p in self._parameters}
         self._sizes = [p.numel() * p.element_size() for p in self._parameters]
         self._tuner = BucketTuner(phase.name, sum(self._sizes), collectives) if bucket_bytes is None else None
         self._bucket_bytes = usual_bucket_bytes(sum(self._sizes), bucket_bytes or 0)
@@ -102,7 +103,7 @@ class PhaseExchange:
             self._make_buckets()
 
     def _check_nothing_is_left_out(self) -> None:
-        if sum(p.requires_grad for p in self._phase.parameters()) > len(self._parameters):
+        if any(p.requires_grad and id(p) not in self._hooked for p in self._phase.parameters()):
             raise RuntimeError(
                 f"phase {self._phase.name!r}: parameters became trainable after the strategy was prepared, so their "
                 "gradients would not be exchanged; prepare with all of them trainable"

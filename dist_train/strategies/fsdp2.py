@@ -25,7 +25,7 @@ from dist_train.blocks import repeated_blocks
 from dist_train.collectives import Collectives
 from dist_train.phases import Phase
 from dist_train.strategies.accounted import account_units
-from dist_train.strategies.base import Replicated, broadcast_modules
+from dist_train.strategies.base import Replicated, broadcast_modules, check_groups
 from dist_train.strategies.config import ExchangeConfig
 from dist_train.strategies.sharding import OneBackward, check_phases, make_contiguous, whole_on_first
 
@@ -41,11 +41,22 @@ class FullyShardedStrategy(Replicated):
         self._units: list[FSDPModule] = []
         self._roots: list[FSDPModule] = []
         self._used: dict[str, _Used] = {}
-        self._guards: dict[str, OneBackward] = {}
+        self._guard: OneBackward | None = None
 
     def prepare(self, phases: Sequence[Phase]) -> list[Phase]:
-        """Shards rank 0's modules in place and puts the parts into the phases' optimizers."""
+        """Shards rank 0's modules in place and puts the parts into the phases' optimizers.
+
+        Raises:
+            ValueError: see `check_phases`; or a parameter has no dimension to be cut along.
+        """
         check_phases(phases, strategy=self.name)
+        for phase in phases:
+            for name, parameter in phase.module.named_parameters():
+                if parameter.ndim == 0:
+                    raise ValueError(
+                        f"parameter {name} of phase {phase.name!r} is a scalar, which exchange.strategy {self.name!r} "
+                        "cannot cut: give it the shape [1], or use allreduce"
+                    )
         world = self._collectives.world
         if world.world_size == 1:
             return list(phases)
@@ -63,7 +74,7 @@ class FullyShardedStrategy(Replicated):
             self._units += units
             self._roots.append(units[-1])
             self._used[phase.name] = _Used(phase, units)
-            self._guards[phase.name] = OneBackward(phase, strategy=self.name)
+        self._guard = OneBackward(phases, strategy=self.name)
         return list(phases)
 
     def _shard(self, module: nn.Module) -> list[FSDPModule]:
@@ -82,10 +93,9 @@ class FullyShardedStrategy(Replicated):
         """Gradients are reduce-scattered in every micro-batch and accumulated in parts."""
         yield
 
-    def backward(self, phase: Phase, loss: torch.Tensor) -> None:
-        """`loss.backward()`, the only place that may differentiate through the module."""
-        guard = self._guards.get(phase.name)
-        with guard.backward() if guard else nullcontext():
+    def backward(self, phase: Phase, loss: torch.Tensor) -> None:  # noqa: ARG002
+        """`loss.backward()`, the only place that may differentiate through the modules."""
+        with self._guard.backward() if self._guard else nullcontext():
             loss.backward()
 
     def finish(self, phase: Phase) -> None:
@@ -93,7 +103,9 @@ class FullyShardedStrategy(Replicated):
         if phase.name not in self._used:
             return
         mine = self._used[phase.name].flags()
-        somewhere = self._collectives.max_(torch.tensor(mine, dtype=torch.uint8)).tolist()
+        somewhere = self._collectives.max_(
+            torch.tensor(mine, dtype=torch.uint8), name=f"{phase.name} parameters used"
+        ).tolist()
         for parameter, used in zip(phase.module.parameters(), somewhere, strict=True):
             if not used:
                 parameter.grad = None
@@ -150,9 +162,9 @@ class FullyShardedStrategy(Replicated):
         super().load_state(phases, state)
 
     def close(self) -> None:
-        """Lets go of the guards; the modules stay sharded."""
-        for guard in self._guards.values():
-            guard.remove()
+        """Lets go of the guard; the modules stay sharded."""
+        if self._guard is not None:
+            self._guard.remove()
 
 
 class _Used:
@@ -172,15 +184,23 @@ class _Used:
         return flags
 
     def _watch(self, unit: Any, prefix: Mapping[int, str]) -> None:
-        """Hooks the unit's gathered parameters, which exist from its first forward on."""
+        """Hooks the unit's gathered parameters, which exist from its first forward on, once they are trained."""
+        hooked: set[str] = set()
 
         def gathered(*_: Any) -> None:
-            handle.remove()
+            everything_hooked = True
             for owner in unit.modules():
                 for key, parameter in owner._parameters.items():
-                    if parameter is not None and parameter.requires_grad and not isinstance(parameter, DTensor):
-                        name = prefix[id(owner)] + key
+                    name = prefix[id(owner)] + key
+                    if parameter is None or name in hooked or isinstance(parameter, DTensor):
+                        continue
+                    if parameter.requires_grad:
                         parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._seen.add(name))
+                        hooked.add(name)
+                    else:  # frozen, perhaps for this phase only
+                        everything_hooked = False
+            if everything_hooked:
+                handle.remove()
 
         handle = unit.register_forward_pre_hook(gathered)  # after FSDP2's own, which gathers
 
@@ -211,6 +231,7 @@ def _module_parts(phase: Phase, whole: Mapping[str, torch.Tensor]) -> dict[str, 
 
 def _optimizer_parts(phase: Phase, whole: Mapping[str, Any]) -> dict[str, Any]:
     """The state dict of the phase's optimizer with momenta and their like in parts, counters as they are."""
+    check_groups(phase, whole)
     parameters = phase.parameters()
 
     def part(index: int, value: Any) -> Any:

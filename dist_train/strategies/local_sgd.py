@@ -2,9 +2,9 @@
 
 From `exchange.local_after_epochs` on, each rank updates its copy by its own gradients, and after every
 `exchange.average_every_steps` steps the copies are averaged: a share 1/H of the rounds. Averaged are the parameters and
-the optimizer's state for them (momentum; Adam's moments and step). The paper's variant with local momentum keeps the
-latter apart; averaged, all ranks are equal after it, so that a checkpoint of one rank is one of all and a resumed run
-does the same as the undisturbed one.
+the optimizer's state for them (momentum; Adam's moments and step); buffers other than running statistics become rank
+0's. The paper's variant with local momentum keeps the momentum apart; here all ranks are equal after an average, so
+that a checkpoint of one rank is one of all and a resumed run does the same as the undisturbed one.
 
 It is another algorithm, not another way to the same numbers: only plain SGD with H = 1 would equal the exchange of
 gradients.
@@ -12,11 +12,13 @@ gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_train.collectives import Collectives
 from dist_train.phases import Phase
@@ -84,6 +86,7 @@ class PostLocalSGD:
             self._average([parameter.data for parameter in dict.fromkeys(parameters)])  # phases may share them
             for optimizer in dict.fromkeys(phase.optimizer for phase in self._phases):
                 self._average(self._optimizer_state(optimizer))
+            self._replace(self._other_buffers(), self._collectives.broadcast_)
         return True
 
     def state(self, phases: Sequence[Phase]) -> dict[str, Any]:
@@ -121,20 +124,30 @@ class PostLocalSGD:
         self._inner.close()
 
     def _optimizer_state(self, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-        """The optimizer's tensors, the same list on every rank; zeros where only other ranks have used a parameter."""
+        """The optimizer's tensors, the same list on every rank; zeros where only other ranks have used a parameter.
+
+        Numbers (LAMB's step, LARS's rate) become the largest of the ranks' at once.
+        """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         mine = {
             (index, key): (value.dtype, tuple(value.shape), value.device.type)
+            if isinstance(value, torch.Tensor)
+            else value
             for index, parameter in enumerate(parameters)
             for key, value in optimizer.state.get(parameter, {}).items()
-            if isinstance(value, torch.Tensor)
+            if isinstance(value, (torch.Tensor, int, float))
         }
         everyones = self._collectives.broadcast_object(self._collectives.gather_objects(mine))
-        kinds = {place: kind for rank in everyones for place, kind in rank.items()}
+        kinds: dict[tuple[int, str], Any] = {}
+        for place, kind in itertools.chain.from_iterable(rank.items() for rank in everyones):
+            kinds[place] = kind if isinstance(kind, tuple) else max(kind, kinds.get(place, kind))
         found = []
         for index, key in sorted(kinds):
-            dtype, shape, device = kinds[index, key]
             state = optimizer.state[parameters[index]]
+            if not isinstance(kinds[index, key], tuple):
+                state[key] = kinds[index, key]
+                continue
+            dtype, shape, device = kinds[index, key]
             if not isinstance(state.get(key), torch.Tensor):
                 like = parameters[index]
                 place = like.device if device == like.device.type else torch.device(device)
@@ -142,13 +155,26 @@ class PostLocalSGD:
             found.append(state[key])
         return found
 
+    def _other_buffers(self) -> list[torch.Tensor]:
+        """All but running statistics, which the loop averages: spectral norm's vectors follow a rank's own weights."""
+        layers = dict.fromkeys(layer for phase in self._phases for layer in phase.module.modules())
+        return [b for layer in layers if not isinstance(layer, _BatchNorm) for b in layer.buffers(recurse=False)]
+
     def _average(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Overwrites `tensors` with their means over the ranks, one all-reduce for each dtype and device."""
-        for kind in dict.fromkeys((tensor.dtype, tensor.device) for tensor in tensors):
-            same = [tensor for tensor in tensors if (tensor.dtype, tensor.device) == kind]
-            flat = torch.cat([tensor.reshape(-1) for tensor in same])
+        """Overwrites `tensors` with their means over the ranks."""
+
+        def average(flat: torch.Tensor) -> None:
             pending = self._collectives.start_mean_(flat, name="average of the copies")
             if pending is not None:
                 pending.wait()
+
+        self._replace(tensors, average)
+
+    def _replace(self, tensors: Sequence[torch.Tensor], exchange: Callable[[torch.Tensor], Any]) -> None:
+        """Overwrites `tensors` by what `exchange` makes of them, joined: one call for each dtype and device."""
+        for kind in dict.fromkeys((tensor.dtype, tensor.device) for tensor in tensors):
+            same = [tensor for tensor in tensors if (tensor.dtype, tensor.device) == kind]
+            flat = torch.cat([tensor.reshape(-1) for tensor in same])
+            exchange(flat)
             parts = flat.split([tensor.numel() for tensor in same])
             torch._foreach_copy_(same, [part.view(tensor.shape) for part, tensor in zip(parts, same, strict=True)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from dist_train.phases import Phase
+from dist_train.strategies.base import check_owners, check_whole_calls
 from dist_train.world import World
 
 
@@ -18,8 +19,11 @@ def check_phases(phases: Sequence[Phase], *, strategy: str) -> None:
     """Refuses what a sharded strategy cannot do.
 
     Raises:
-        ValueError: double backward, a parameter in the modules of two phases, or one that is not its module's.
+        ValueError: double backward, calls of a module's parts, a parameter in the modules of two phases, or one that
+            is not its module's.
     """
+    check_owners(phases, strategy=strategy)
+    check_whole_calls(phases, strategy=strategy)
     owner: dict[int, str] = {}
     for phase in phases:
         if phase.double_backward:
@@ -27,7 +31,6 @@ def check_phases(phases: Sequence[Phase], *, strategy: str) -> None:
                 f"phase {phase.name!r} differentiates through a gradient (double_backward), which "
                 f"exchange.strategy {strategy!r} cannot: use allreduce"
             )
-        members = {id(parameter) for parameter in phase.module.parameters()}
         for parameter in phase.module.parameters():
             other = owner.setdefault(id(parameter), phase.name)
             if other != phase.name:
@@ -35,11 +38,6 @@ def check_phases(phases: Sequence[Phase], *, strategy: str) -> None:
                     f"phases {other!r} and {phase.name!r} share parameters, which exchange.strategy {strategy!r} "
                     "cannot shard twice: use allreduce"
                 )
-        if any(id(parameter) not in members for parameter in phase.parameters()):
-            raise ValueError(
-                f"the optimizer of phase {phase.name!r} holds parameters that are not its module's, which "
-                f"exchange.strategy {strategy!r} cannot shard: use allreduce"
-            )
 
 
 def make_contiguous(phases: Sequence[Phase]) -> None:
@@ -54,16 +52,17 @@ def make_contiguous(phases: Sequence[Phase]) -> None:
 
 
 class OneBackward:
-    """Guards a sharded module: it is differentiated through in `Strategy.backward` only, and only once.
+    """Guards sharded modules: they are differentiated through in `Strategy.backward` only, and only once.
 
     A gradient taken elsewhere (`autograd.grad` for R1) would use weights that are no longer gathered; a hook on the
-    module's outputs ends it in a RuntimeError instead.
+    modules' outputs ends it in a RuntimeError instead. One phase's backward may pass through another's module (a
+    generator's through the discriminator), so all of them have one guard.
     """
 
-    def __init__(self, phase: Phase, *, strategy: str) -> None:
-        self._name, self._strategy = phase.name, strategy
+    def __init__(self, phases: Sequence[Phase], *, strategy: str) -> None:
+        self._strategy = strategy
         self._inside = False
-        self._handle = phase.module.register_forward_hook(self._watch_outputs)
+        self._handles = [phase.module.register_forward_hook(self._watch_outputs(phase.name)) for phase in phases]
 
     @contextmanager
     def backward(self) -> Iterator[None]:
@@ -75,20 +74,25 @@ class OneBackward:
             self._inside = False
 
     def remove(self) -> None:
-        """Lets go of the module."""
-        self._handle.remove()
+        """Lets go of the modules."""
+        for handle in self._handles:
+            handle.remove()
 
-    def _watch_outputs(self, module: torch.nn.Module, inputs: Any, outputs: Any) -> None:  # noqa: ARG002
-        for output in tree_leaves(outputs):
-            if isinstance(output, torch.Tensor) and output.requires_grad:
-                output.register_hook(self._check)
+    def _watch_outputs(self, name: str) -> Callable[[torch.nn.Module, Any, Any], None]:
+        def check(_: torch.Tensor) -> None:
+            if not self._inside or torch.is_grad_enabled():  # with create_graph, hooks run with gradients enabled
+                raise RuntimeError(
+                    f"the module of phase {name!r} takes a gradient outside of Strategy.backward (a gradient "
+                    f"penalty?), which exchange.strategy {self._strategy!r} cannot: use allreduce, and declare "
+                    "Phase.double_backward"
+                )
 
-    def _check(self, gradient: torch.Tensor) -> None:  # noqa: ARG002
-        if not self._inside or torch.is_grad_enabled():  # with create_graph, hooks run with gradients enabled
-            raise RuntimeError(
-                f"phase {self._name!r} takes a gradient outside of Strategy.backward (a gradient penalty?), which "
-                f"exchange.strategy {self._strategy!r} cannot: use allreduce, and declare Phase.double_backward"
-            )
+        def watch(module: torch.nn.Module, inputs: Any, outputs: Any) -> None:  # noqa: ARG001
+            for output in tree_leaves(outputs):
+                if isinstance(output, torch.Tensor) and output.requires_grad:
+                    output.register_hook(check)
+
+        return watch
 
 
 def whole_on_first(tree: Any, world: World) -> Any:

@@ -111,6 +111,10 @@ class ImageGAN:
             raise ValueError("; ".join(problems))
         self._generator: Any = generator
         self._discriminator = discriminator
+        self._fixed = {
+            module: {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+            for module in (generator, discriminator)
+        }
         self._like = next(generator.parameters())  # dtype and device of every image
         self._config, self._collectives, self._seed = config, collectives, seed
         self._conditional, self._features = conditional, features
@@ -122,7 +126,7 @@ class ImageGAN:
         phases = [Phase(name="d", module=discriminator, optimizer=discriminator_optimizer)]
         if config.r1_gamma:
             phases.append(_lazy("d_reg", discriminator, discriminator_optimizer, config.r1_interval))
-        phases.append(Phase(name="g", module=generator, optimizer=generator_optimizer))
+        phases.append(Phase(name="g", module=generator, optimizer=generator_optimizer, calls_parts=self._style_based))
         if config.path_length_weight:
             generator.register_buffer("mean_path_length", self._like.new_zeros(()))
             phases.append(_lazy("g_reg", generator, generator_optimizer, config.path_length_interval))
@@ -131,10 +135,14 @@ class ImageGAN:
     # -- training ----------------------------------------------------------------------------------------------
 
     def losses(self, phase: Phase, batch: Any) -> dict[str, Tensor]:
-        """The loss of one phase, a scalar; the opponent's parameters are left out of the graph."""
-        trains_generator = phase.name.startswith("g")
-        self._generator.requires_grad_(trains_generator)
-        self._discriminator.requires_grad_(not trains_generator)
+        """The loss of one phase, a scalar; the opponent is left out of the graph. ValueError for a skipped sample."""
+        if (batch.weights != 1).any():
+            raise ValueError("a GAN cannot leave samples out: use on_bad_sample raise, or pack without the bad ones")
+        trained = self._generator if phase.name.startswith("g") else self._discriminator
+        for module, fixed in self._fixed.items():  # what came frozen stays so
+            for name, parameter in module.named_parameters():
+                if name not in fixed:
+                    parameter.requires_grad_(module is trained)
         step = {"d": self._d, "d_reg": self._d_reg, "g": self._g, "g_reg": self._g_reg}[phase.name]
         return step(phase, batch)
 
@@ -159,17 +167,19 @@ class ImageGAN:
         """Every second sample, as StyleGAN2 halves the batch; the same ones at any number of ranks."""
         chosen = batch.positions % 2 == 0
         positions, generator = batch.positions[chosen], cast("Any", phase.module)
-        if len(positions) == 0:
+        if len(batch.positions) < 2:  # of a run of two or more, every rank has one
             raise ValueError("the path-length penalty needs at least two samples a rank and micro-batch")
         styles = self._styles(generator, positions, "g_reg")
         images = generator.synthesize(styles, noise=self._noise(positions, "g_reg"))
         size = images[0].numel()
         noise = normal_draws(positions, size, seed=self._seed, stream="g_reg/path").to(images).view_as(images)
         lengths = path_lengths(images, styles, noise)
-        mean = self._mean_over_ranks(lengths.detach().mean())
-        target = torch.lerp(self._generator.mean_path_length, mean, self._config.path_length_decay)
+        # Ranks with an odd share have chosen one more or one less: means over all ranks' samples, not of their means.
+        found = torch.stack([lengths.detach().sum(), lengths.new_tensor(len(lengths))])
+        total, count = self._collectives.sum_(found).unbind()
+        target = torch.lerp(self._generator.mean_path_length, total / count, self._config.path_length_decay)
         self._generator.mean_path_length.copy_(target)
-        penalty = (lengths - target).square().mean()
+        penalty = (lengths - target).square().sum() / (len(batch.positions) / 2)
         return {"path_length": penalty * (self._config.path_length_weight * self._config.path_length_interval)}
 
     # -- images ------------------------------------------------------------------------------------------------

@@ -37,8 +37,8 @@ def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 class VideoClassification:
     """A classifier of clips. `module` maps float `[B, T, C, H, W]` to logits `[B, num_classes]`.
 
-    A clip of weight 0 (one that could not be read, under the policy `skip`) adds nothing to the loss nor to any count;
-    the mean is still over the micro-batch's nominal size, so that ranks need not agree on how many were skipped.
+    A clip of weight 0 (one that could not be read, under the policy `skip`) adds nothing to the loss nor to any count.
+    The mean is over the micro-batch's nominal size; the loop brings it to the clips that count on all ranks.
     """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, *, label_smoothing: float = 0.0) -> None:

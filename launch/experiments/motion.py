@@ -12,7 +12,7 @@ from data_shards.clips import ClipConfig
 from data_shards.loader import LoaderConfig
 from dist_train.checkpoint import CheckpointConfig
 from dist_train.loop import TrainingConfig
-from dist_train.optimizers import SGDConfig
+from dist_train.optimizers import OptimizerConfig
 from dist_train.schedules import ScheduleConfig
 from launch.config import DataConfig, Experiment, ModelConfig
 
@@ -30,7 +30,7 @@ def motion_tsm() -> Experiment:
             loader=LoaderConfig(num_workers=1),
         ),
         model=ModelConfig(name="tsm_resnet18", width=16, dropout=0.0),
-        optimizer=SGDConfig(base_learning_rate=0.1, base_batch_clips=32, weight_decay=5e-4),
+        optimizer=OptimizerConfig(base_learning_rate=0.1, base_batch_clips=32, weight_decay=5e-4),
         schedule=ScheduleConfig(kind="cosine", warmup_epochs=0.5),
         training=TrainingConfig(batch_clips=32, epochs=4, log_every_steps=5, label_smoothing=0.1),
         checkpoint=CheckpointConfig(every_epochs=1),

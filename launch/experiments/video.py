@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from data_shards.clips import ClipConfig
 from dist_train.loop import TrainingConfig
-from dist_train.optimizers import SGDConfig
+from dist_train.optimizers import OptimizerConfig
 from dist_train.schedules import ScheduleConfig
 from launch.config import DataConfig, Experiment, ModelConfig
 
@@ -23,7 +23,7 @@ def video_tsm() -> Experiment:
         name="video_tsm",
         data=DataConfig(clip=ClipConfig(num_segments=8, crop_size=112, short_side=128)),
         model=ModelConfig(name="tsm_resnet18", dropout=0.5),
-        optimizer=SGDConfig(base_learning_rate=0.05, base_batch_clips=64, weight_decay=5e-4),
+        optimizer=OptimizerConfig(base_learning_rate=0.05, base_batch_clips=64, weight_decay=5e-4),
         schedule=ScheduleConfig(kind="cosine", warmup_epochs=2),
         training=TrainingConfig(batch_clips=32, epochs=30, label_smoothing=0.1, clip_gradient_norm=20.0),
     )

@@ -75,13 +75,11 @@ def _shifted(x: Tensor, num_segments: int, folds: tuple[_Fold, ...]) -> Tensor:
 
 
 class _TemporalShift(torch.autograd.Function):
+    # Not with setup_context: PyTorch then inspects the signature at every call, more than a small shift itself takes.
     @staticmethod
-    def forward(x: Tensor, num_segments: int, folds: tuple[_Fold, ...]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, num_segments: int, folds: tuple[_Fold, ...]) -> Tensor:
+        ctx.num_segments, ctx.folds = num_segments, folds
         return _shifted(x, num_segments, folds)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        _, ctx.num_segments, ctx.folds = inputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

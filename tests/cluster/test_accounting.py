@@ -18,7 +18,7 @@ from dist_train.ledger import Ledger
 from dist_train.ledger.standings import straggler_of
 from dist_train.ledger.summary import read_ledger
 from dist_train.loop import TrainingConfig, train
-from dist_train.optimizers import SGDConfig, make_sgd
+from dist_train.optimizers import OptimizerConfig, make_optimizer
 from dist_train.strategies import ExchangeConfig
 from dist_train.tasks.video_classification import VideoClassification
 from tests.cluster.hosts import Hosts, need_hosts
@@ -69,11 +69,14 @@ def _engine(world, folder, strategy, *, epochs=2, **hooks):
     ledger = Ledger(folder / f"ledger/rank_{world.rank:05d}.jsonl", identity=identity)
     kept = Kept()
     training = TrainingConfig(batch_clips=12, epochs=epochs, log_every_steps=3, evaluate_every_epochs=0)
-    exchange = ExchangeConfig(strategy=strategy, bucket_megabytes=2)
+    size = {} if strategy == "fsdp2" else {"bucket_megabytes": 2}  # fsdp2 has no buckets
+    exchange = ExchangeConfig(strategy=strategy, **size)
     run = toy_run(world, folder, training, exchange=exchange, ledger=ledger, monitors=(kept,), **hooks)
     torch.manual_seed(0)
     model = LargeModel()
-    run = dataclasses.replace(run, task=VideoClassification(model, make_sgd(SGDConfig(), model, learning_rate=0.01)))
+    run = dataclasses.replace(
+        run, task=VideoClassification(model, make_optimizer(OptimizerConfig(), model, learning_rate=0.01))
+    )
     train(run)
     ledger.end("ok")
     return kept.records

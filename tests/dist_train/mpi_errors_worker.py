@@ -61,9 +61,10 @@ def crash() -> None:
 
 
 def leave() -> None:
-    """All is well, and no rank destroys its group or waits for a last operation's callers."""
+    """All is well, and no rank destroys its group or waits for its last operation."""
     dist.all_reduce(torch.ones(3))
     time.sleep(0.3 * dist.group.WORLD.rank())
+    dist.all_reduce(torch.ones(3), async_op=True)
 
 
 if __name__ == "__main__":

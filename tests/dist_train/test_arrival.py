@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import socket
 import threading
+from dataclasses import replace
 
 import pytest
 import torch.distributed as dist
@@ -106,6 +107,24 @@ def test_without_rank_0_the_others_end_and_say_where_they_looked(monkeypatch, tm
     ):
         pass
     assert not caught.value.on_every_rank  # rank 0 cannot speak for it
+
+
+def test_rank_0_uses_a_store_that_is_there_and_takes_no_rank_of_an_earlier_attempt_for_one_of_its_own(
+    monkeypatch, capfd
+):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("all arrived", "")
+    dist.PrefixStore("torchrun-7.0.2", store).set("all arrived", "")
+    placement = replace(_placement(0, store.port), store_is_there=True, job_key="torchrun-7.1.2")
+    with (
+        pytest.raises(CollectiveTimeout, match="rank 1 of 2 did not start within 1 s"),
+        process_group(make_world(placement, "cpu"), placement, start_seconds=1.0),
+    ):
+        pass
+    assert dist.PrefixStore("torchrun-7.1.2", store).check(["arrived/0"])
+    assert "failed to bind" not in capfd.readouterr().err
 
 
 def test_rank_0_alone_ends_and_names_the_missing(monkeypatch, free_port):

@@ -178,7 +178,8 @@ def _toy(world, folder, strategy):
     identity = {"attempt": 0, "rank": world.rank, "world_size": world.world_size, "host": "n1"}
     ledger = Ledger(folder / f"ledger/rank_{world.rank:05d}.jsonl", identity=identity)
     training = TrainingConfig(batch_clips=12, epochs=2, log_every_steps=4, evaluate_every_epochs=1)
-    exchange = ExchangeConfig(strategy=strategy, bucket_megabytes=0.0005)
+    size = {} if strategy == "fsdp2" else {"bucket_megabytes": 0.0005}  # fsdp2 has no buckets
+    exchange = ExchangeConfig(strategy=strategy, **size)
     train(toy_run(world, folder, training, exchange=exchange, ledger=ledger))
     ledger.end("ok")
 

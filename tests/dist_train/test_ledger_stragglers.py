@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from dist_train.accounts import standing
-from dist_train.ledger import Ledger
-from dist_train.ledger.host import HostCounters, infiniband_counters, interface_counters
+from dist_train.ledger import Ledger, host
+from dist_train.ledger.host import HostCounters, group_interface, infiniband_counters, interface_counters
 from dist_train.ledger.standings import straggler_of
 from dist_train.ledger.stragglers import Standing, find_straggler, link_straggler, slow_link, steady
 from dist_train.ledger.summary import read_ledger
@@ -190,6 +190,32 @@ def test_infiniband_ports_are_counted_in_words_of_four_bytes(tmp_path):
         (folder / "port_rcv_data").write_text("1\n")
     assert infiniband_counters(tmp_path) == {"tx_bytes": 600, "rx_bytes": 8}
     assert infiniband_counters(tmp_path / "none") == {"tx_bytes": 0, "rx_bytes": 0}
+
+
+def test_a_port_without_counters_counts_nothing_and_stops_nothing(tmp_path):
+    counters = tmp_path / "mlx5_2" / "ports" / "1" / "counters"
+    (counters / "port_rcv_data").mkdir(parents=True)  # cannot be read, as a virtual function's
+    (counters / "port_xmit_data").write_text("N/A (no PMA)\n")
+    assert infiniband_counters(tmp_path) == {"tx_bytes": 0, "rx_bytes": 0}
+
+
+@pytest.mark.parametrize(
+    ("gloo", "nccl", "expected"),
+    [
+        ("eth1", "", "eth1"),
+        ("", "=eth1", "eth1"),
+        ("", "ib", "ib0"),
+        ("", "^eth10,eth1", "ib0"),
+        ("wlan", "ib0", None),
+    ],
+)
+def test_the_interface_that_is_counted_is_the_one_in_use(monkeypatch, gloo, nccl, expected):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", gloo)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", nccl)
+    monkeypatch.setattr("socket.if_nameindex", lambda: [(1, "lo"), (2, "eth10"), (3, "eth1"), (4, "ib0")])
+    monkeypatch.setattr("socket.gethostbyname", lambda _: "10.0.0.1")
+    monkeypatch.setattr(host, "_address", lambda name: "10.0.0.1" if name == "ib0" else None)
+    assert group_interface() == expected
 
 
 class _SlowLoader:

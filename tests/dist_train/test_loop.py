@@ -15,7 +15,9 @@ from dist_train.collectives import Collectives
 from dist_train.journal import Journal, certify
 from dist_train.ledger import Ledger
 from dist_train.loop import TrainingConfig, step_seed, steps_left, train
+from dist_train.optimizers import OptimizerConfig, make_optimizer
 from dist_train.strategies import ExchangeConfig
+from dist_train.tasks.video_classification import VideoClassification
 from dist_train.world import World
 from tests.dist_train.toy import NUM_SAMPLES, only_phase, parameters_of, toy_run
 from tests.ranks import run_ranks
@@ -128,6 +130,22 @@ def test_a_resumed_run_takes_its_options_from_the_command_not_from_the_checkpoin
     for group in only_phase(run).optimizer.param_groups:
         assert (group["initial_lr"], group["weight_decay"]) == (0.001, 0.25)
         assert group["lr"] <= 0.001
+
+
+def test_a_checkpoint_with_other_groups_of_parameters_is_told_in_one_line(tmp_path):
+    train(toy_run(World(), tmp_path, TRAINING))
+    run = toy_run(World(), tmp_path, replace(TRAINING, epochs=4))
+    model = only_phase(run).module
+    decayed = make_optimizer(OptimizerConfig(decay_norm_and_bias=True), model, learning_rate=0.05)
+    run = replace(run, task=VideoClassification(model, decayed))
+    with pytest.raises(ValueError, match=r"groups of \[2, 4\] parameters, and this run's of \[6\]: resume with"):
+        train(run, load_latest(tmp_path, collectives=Collectives(World())))
+
+
+@pytest.mark.parametrize("values,words", [({"precise_batch_norm_clips": 8, "batch_norm": "frozen"}, "use 0")])
+def test_options_that_would_do_nothing_together_are_told(values, words):
+    (problem,) = TrainingConfig(**values).problems()
+    assert words in problem
 
 
 def test_a_diverged_model_is_not_saved(tmp_path):

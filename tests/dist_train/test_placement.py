@@ -33,6 +33,15 @@ def test_torchrun():
     assert not placement.on_one_node
 
 
+def test_attempts_under_torchrun_have_keys_of_their_own_in_the_store_of_its_agent():
+    agent = {**TORCHRUN, "TORCHELASTIC_RUN_ID": "7", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    first, second = (find_placement({**agent, "TORCHELASTIC_RESTART_COUNT": count}) for count in "01")
+    assert first.store_is_there
+    assert second.store_is_there
+    assert first.job_key != second.job_key
+    assert not find_placement(TORCHRUN).store_is_there
+
+
 def test_torchrun_inside_slurm_is_torchruns():
     assert find_placement({**SLURM, **TORCHRUN}).launcher == "torchrun"
 

@@ -483,6 +483,8 @@ def test_no_byte_moves_before_the_last_micro_batch():
         ({"strategy": "fsdp2", "reduction": "adasum"}, "needs exchange.strategy allreduce"),
         ({"strategy": "ddp", "bucket_megabytes": "auto"}, "needs exchange.strategy allreduce"),
         ({"strategy": "zero1", "hierarchical": "on"}, "needs exchange.strategy allreduce"),
+        ({"strategy": "fsdp2", "bucket_megabytes": 10.0}, "fsdp2 has no buckets"),
+        ({"powersgd_rank": 2}, "exchange.compression is none: use powersgd"),
         ({"strategy": "fsdp2", "average_every_steps": 4}, "whole model on each rank"),
         ({"reduction": "adasum", "compression": "fp16"}, "use one of the two"),
         ({"reduction": "adasum", "hierarchical": "on"}, "tree of its own"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_train.optimizers import SGDConfig, make_sgd, set_learning_rate
+from dist_train.optimizers import OptimizerConfig, make_optimizer, set_learning_rate
 from dist_train.schedules import ScheduleConfig, learning_rate_factor
 
 
@@ -50,13 +50,15 @@ def test_a_polynomial_ends_at_its_end_factor(clips_seen, expected):
 
 @pytest.mark.parametrize("rule,expected", [("linear", 3.2), ("sqrt", 0.1 * math.sqrt(32)), ("none", 0.1)])
 def test_the_rate_follows_the_batch_by_its_rule(rule, expected):
-    config = SGDConfig(base_learning_rate=0.1, base_batch_clips=256, learning_rate_rule=rule)
+    config = OptimizerConfig(base_learning_rate=0.1, base_batch_clips=256, learning_rate_rule=rule)
     assert config.peak_learning_rate(8192) == pytest.approx(expected)
 
 
 def test_norm_and_bias_have_no_weight_decay_and_the_rest_has():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
-    optimizer = make_sgd(SGDConfig(weight_decay=0.5, momentum=0.0, nesterov=False), model, learning_rate=0.1)
+    optimizer = make_optimizer(
+        OptimizerConfig(weight_decay=0.5, momentum=0.0, nesterov=False), model, learning_rate=0.1
+    )
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -69,7 +71,7 @@ def test_norm_and_bias_have_no_weight_decay_and_the_rest_has():
 def test_nesterov_step_worked_by_hand():
     weight = nn.Linear(1, 1, bias=False)
     nn.init.constant_(weight.weight, 1.0)
-    optimizer = make_sgd(SGDConfig(momentum=0.5, weight_decay=0.0), weight, learning_rate=0.1)
+    optimizer = make_optimizer(OptimizerConfig(momentum=0.5, weight_decay=0.0), weight, learning_rate=0.1)
     for gradient in (2.0, 1.0):
         weight.weight.grad = torch.full_like(weight.weight, gradient)
         optimizer.step()
@@ -79,7 +81,7 @@ def test_nesterov_step_worked_by_hand():
 
 def test_the_schedule_moves_every_group():
     model = nn.Linear(2, 2)
-    optimizer = make_sgd(SGDConfig(), model, learning_rate=0.4)
+    optimizer = make_optimizer(OptimizerConfig(), model, learning_rate=0.4)
     assert set_learning_rate(optimizer, 0.5) == pytest.approx(0.2)
     assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.2]
 
@@ -87,10 +89,10 @@ def test_the_schedule_moves_every_group():
 @pytest.mark.parametrize(
     "config,words",
     [
-        (SGDConfig(base_learning_rate=0), "base_learning_rate is 0"),
-        (SGDConfig(momentum=0.0), "nesterov needs a momentum"),
-        (SGDConfig(momentum=1.0), "momentum is 1.0"),
-        (SGDConfig(weight_decay=-1), "weight_decay is -1"),
+        (OptimizerConfig(base_learning_rate=0), "base_learning_rate is 0"),
+        (OptimizerConfig(momentum=0.0), "nesterov needs a momentum"),
+        (OptimizerConfig(momentum=1.0), "momentum is 1.0"),
+        (OptimizerConfig(weight_decay=-1), "weight_decay is -1"),
         (ScheduleConfig(warmup_epochs=-1), "warmup_epochs is -1"),
         (ScheduleConfig(milestones_epochs=(4, 2)), "must rise"),
         (ScheduleConfig(gamma=0), "gamma is 0"),
@@ -101,4 +103,4 @@ def test_a_wrong_value_is_named(config, words):
 
 
 def test_the_defaults_are_sound():
-    assert SGDConfig().problems() == ScheduleConfig().problems() == []
+    assert OptimizerConfig().problems() == ScheduleConfig().problems() == []

@@ -43,10 +43,24 @@ def test_phases_that_share_a_module_are_refused(shared):
         _strategy("fsdp2").prepare(shared)
 
 
-def test_an_optimizer_of_another_module_is_refused():
+@pytest.mark.parametrize("strategy", ["allreduce", "ddp", "fsdp2"])
+def test_an_optimizer_of_another_module_is_refused(strategy):
     stranger = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
     with pytest.raises(ValueError, match="not its module's"):
-        _strategy("fsdp2").prepare([_phase(nn.Linear(2, 2), optimizer=stranger)])
+        _strategy(strategy).prepare([_phase(nn.Linear(2, 2), optimizer=stranger)])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_module_that_is_called_by_its_parts_is_refused(strategy):
+    with pytest.raises(ValueError, match=r"phase 'p' calls parts of its module.*use allreduce"):
+        _strategy(strategy).prepare([_phase(nn.Linear(2, 2), calls_parts=True)])
+
+
+def test_a_scalar_parameter_is_refused_by_its_name():
+    module = nn.Linear(2, 2)
+    module.scale = nn.Parameter(torch.ones(()))
+    with pytest.raises(ValueError, match="parameter scale of phase 'p' is a scalar"):
+        _strategy("fsdp2").prepare([_phase(module)])
 
 
 def test_a_missing_deepspeed_is_one_line_that_says_what_to_install(monkeypatch):

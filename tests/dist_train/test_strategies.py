@@ -14,6 +14,7 @@ from dist_train.collectives import Collectives
 from dist_train.loop import TrainingConfig, train
 from dist_train.phases import Phase
 from dist_train.strategies import ExchangeConfig, make_strategy
+from dist_train.strategies.base import BufferAverage
 from dist_train.strategies.buckets import plan_buckets, usual_bucket_bytes
 from dist_train.world import World
 from tests.dist_train.toy import parameters_of, toy_run
@@ -178,6 +179,41 @@ def test_ranks_with_different_heads_and_synchronised_batch_norm_below_do_not_mix
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
         assert one.abs().sum() > 0
+
+
+def _average_buffers(world):
+    """Running means before and after an average, of a frozen layer and of one that moves."""
+    layers = nn.ModuleList([nn.BatchNorm1d(1000).eval(), nn.BatchNorm1d(1)])
+    layers[0].running_mean.copy_(torch.rand(1000, generator=torch.Generator().manual_seed(1)))
+    layers[1].running_mean.fill_(world.rank)
+    before = layers[0].running_mean.clone()
+    phase = Phase(name="p", module=layers, optimizer=torch.optim.SGD(layers.parameters(), lr=0.1))
+    average = BufferAverage([phase], Collectives(world))
+    average.start()
+    average.finish()
+    return torch.equal(before, layers[0].running_mean), layers[1].running_mean.item()
+
+
+def test_running_statistics_are_averaged_and_frozen_ones_keep_their_bits():
+    assert run_ranks(_average_buffers, 3) == [(True, 1.0)] * 3
+
+
+def _thaw_one_and_freeze_another(world):
+    model = nn.ModuleList([nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)])
+    model[1].requires_grad_(False)
+    phase = Phase(name="p", module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    strategy = make_strategy(ExchangeConfig(), Collectives(world))
+    strategy.prepare([phase])
+    model[0].requires_grad_(False)
+    model[1].requires_grad_(True)
+    with strategy.micro_batch(phase, synchronize=True):
+        model[1](torch.ones(1, 2)).sum().backward()
+    with pytest.raises(RuntimeError, match="became trainable after the strategy was prepared"):
+        strategy.finish(phase)
+
+
+def test_a_parameter_that_becomes_trainable_later_is_refused_though_another_is_frozen_for_it():
+    run_ranks(_thaw_one_and_freeze_another, 2)
 
 
 def _gradient_penalty(world):

@@ -18,6 +18,7 @@ from dist_train.checkpoint import CheckpointConfig, read_checkpoint
 from dist_train.collectives import Collectives
 from dist_train.ledger import NullLedger
 from dist_train.loop import TrainingConfig, train
+from dist_train.optimizers import OptimizerConfig, make_optimizer, set_learning_rate
 from dist_train.phases import Phase
 from dist_train.schedules import ScheduleConfig, learning_rate_factor
 from dist_train.strategies import ExchangeConfig, make_strategy, tuning
@@ -80,7 +81,8 @@ def _train_each(world, folder, training, exchanges):
 
 def test_two_ranks_have_the_bits_of_one_process_with_two_micro_batches(tmp_path):
     """Halving is exact and a sum of two has no order, so neither the plan nor who adds can be seen."""
-    expected, _ = _train(World(), tmp_path / "one", replace(TRAINING, micro_batches=2), ExchangeConfig())
+    alone = replace(TRAINING, micro_batches=2)
+    ((expected, _),) = run_ranks(_train, 1, tmp_path / "one", alone, ExchangeConfig())
     for rank in run_ranks(_train_each, 2, tmp_path / "many", TRAINING, SAME_BITS):
         for found in rank:
             for parameter, value in expected.items():
@@ -296,6 +298,39 @@ def test_post_local_sgd_averages_copies_and_momentum_every_few_steps(tmp_path, w
             assert torch.equal(parameters[name], ranks[0][0][name])
         local = moved[3:]  # steps 5 to 20
         assert all((num_bytes > 0) == (number % 3 == 0) for number, num_bytes in enumerate(local, start=1))
+
+
+def _local_steps_with_different_heads(world, optimizer):
+    """Three local steps in which each rank uses its own head below spectral norm, an average, and one more of each."""
+    torch.manual_seed(2)
+    body = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+    model = nn.ModuleDict({"body": body, "a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    chosen = make_optimizer(
+        OptimizerConfig(name=optimizer, momentum_correction=optimizer == "lars"), model, learning_rate=0.1
+    )
+    phase = Phase(name="p", module=model, optimizer=chosen)
+    strategy = make_strategy(ExchangeConfig(average_every_steps=3), Collectives(world))
+    strategy.prepare([phase])
+    for step in range(4):
+        strategy.step_begins(step)
+        set_learning_rate(chosen, 1 / (1 + step))
+        chosen.zero_grad()
+        head = model["ab"[(world.rank + step // 3) % 2]]
+        inputs = torch.randn(5, 4, generator=torch.Generator().manual_seed(10 * step + world.rank))
+        with strategy.micro_batch(phase, synchronize=True):
+            strategy.backward(phase, head(model["body"](inputs)).square().mean())
+        strategy.finish(phase)
+        strategy.optimizer_step(phase)
+        strategy.step_ends()
+    state = strategy.state([phase])
+    strategy.close()
+    return state
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "lamb"])
+def test_after_an_average_ranks_are_equal_in_everything_though_they_used_different_parameters(optimizer):
+    first, second = run_ranks(_local_steps_with_different_heads, 2, optimizer)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 # -- weights -------------------------------------------------------------------------------------------------------

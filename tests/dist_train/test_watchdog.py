@@ -119,6 +119,33 @@ def test_ranks_in_different_collectives_are_told_apart():
     assert "rank 1 is at test_watchdog.py:" in said[0][1]
 
 
+def _ends_in_mid_record(world: World) -> str | None:
+    collectives = Collectives(world)
+    collectives.watch.activity.loader = lambda: str(1 / 0)
+    watchdog = Watchdog(collectives, timeout_seconds=TIMEOUT, interval_seconds=0.4)
+    record, in_thread = watchdog._observer.record, threading.Event()
+
+    def slow_record(*, ended: str | None = None) -> Record:
+        made = record(ended=ended)
+        if threading.current_thread() is watchdog._thread:
+            in_thread.set()
+            time.sleep(0.2)
+        return made
+
+    watchdog._observer.record = slow_record  # type: ignore[method-assign]
+    with watchdog, contextlib.suppress(ValueError):
+        first = Record.from_json(watchdog._store.get(f"rank/{world.rank}"))
+        assert first.loader == "its loader does not say what it does: ZeroDivisionError: division by zero"
+        in_thread.wait(5.0)
+        raise ValueError
+    watchdog._thread.join(5.0)
+    return Record.from_json(watchdog._store.get(f"rank/{world.rank}")).ended
+
+
+def test_the_last_record_of_a_rank_says_how_it_ended_whatever_its_thread_was_at():
+    assert run_ranks(_ends_in_mid_record, 2) == ["", ""]
+
+
 def _asks_for_objects(world: World) -> tuple[str, str]:
     def body(collectives: Collectives) -> None:
         if world.rank == 0:
@@ -282,6 +309,23 @@ def _waits_on_the_device(world: World) -> list[str]:
 def test_where_the_host_does_not_wait_the_thread_sees_what_is_not_completed():
     for told in run_ranks(_waits_on_the_device, 2):
         assert "bucket 1 of 1: rank 1 did not come within 1.5 s" in told[0]
+
+
+def _waits_for_host_tensors_beside_nccl(world: World) -> tuple[str, str]:
+    def body(collectives: Collectives) -> None:
+        collectives.watch._host_waits = False
+        if world.rank == 1:
+            time.sleep(BACKSTOP + 2.0)
+        else:
+            _wait_for(collectives, "parameters used")
+
+    return _guarded(world, body)
+
+
+def test_host_tensors_beside_nccl_end_with_the_process_groups_timeout_and_are_named():
+    (kind, said), _ = run_ranks(_waits_for_host_tensors_beside_nccl, 2)
+    assert kind == "CollectiveTimeout"
+    assert said.startswith("parameters used: rank 1 did not come within ")
 
 
 def _sleep_until(condition: Callable[[], bool]) -> None:

@@ -18,7 +18,7 @@ from dist_train.journal import Journal
 from dist_train.ledger import NullLedger
 from dist_train.ledger.recorder import Recorder
 from dist_train.loop import Run, TrainingConfig
-from dist_train.optimizers import SGDConfig, make_sgd
+from dist_train.optimizers import OptimizerConfig, make_optimizer
 from dist_train.phases import Phase
 from dist_train.schedules import ScheduleConfig
 from dist_train.strategies import ExchangeConfig, make_strategy
@@ -132,7 +132,7 @@ def toy_run(
     torch.manual_seed(training.seed + (0 if world.is_first else 1000))  # rank 0's weights must win
     collectives = Collectives(world, ledger or NullLedger())
     model = apply_batch_norm_mode(ToyModel(), training.batch_norm, collectives)
-    task = VideoClassification(model, make_sgd(SGDConfig(), model, learning_rate=0.05))
+    task = VideoClassification(model, make_optimizer(OptimizerConfig(), model, learning_rate=0.05))
     loader = ToyLoader(world, training)
     return Run(
         task=task,

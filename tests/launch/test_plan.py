@@ -37,7 +37,8 @@ def test_the_plan_says_the_batch_arithmetic_and_the_buckets(motion_shards):
     lines = plan(_experiment(motion_shards, micro_batches=2), world_size=2)
     assert lines["batch"] == "16 clips = 2 processes x 2 micro-batches x 4 clips"
     assert "gradients by allreduce" in lines["processes"]
-    assert "buckets" in lines["exchange a step"]
+    assert lines["exchange a step"] == "2.8 MB in 4 buckets"  # as the strategy makes them: not one of 25 MB
+    assert "linear rule from" in lines["learning rate"]
 
 
 def test_a_gpus_worth_of_kinetics_is_planned_without_its_memory(motion_shards):

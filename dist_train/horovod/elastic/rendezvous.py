@@ -28,7 +28,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dist_train.placement import Placement, find_placement
-from dist_train.rendezvous import TIMEOUT_SECONDS, _backend, make_world
+from dist_train.rendezvous import TIMEOUT_SECONDS, choose_backend, make_world
 
 LOOPBACK = "127.0.0.1"
 POLL_SECONDS = 0.05
@@ -109,7 +109,7 @@ def join_world(stack: ExitStack) -> None:
     if _door.me.address == LOOPBACK:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
-        _backend(world, store),
+        choose_backend(world, store),
         store=store,
         rank=world.rank,
         world_size=world.world_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from dist_train.checkpoint import CheckpointConfig, load_latest
 from dist_train.collectives import Collectives
 from dist_train.gan.draws import normal_draws, uniform_draws
 from dist_train.loop import TrainingConfig, train
+from dist_train.strategies import ExchangeConfig
 from dist_train.tasks.gan import GANConfig
 from dist_train.world import World
 from models.gan import ProjectionDiscriminator, ProjectionGenerator, StyleGAN2Discriminator, StyleGAN2Generator
-from tests.dist_train.gan.toy import gan_run
+from tests.dist_train.gan.toy import gan_run, image_batch
 from tests.ranks import run_ranks
 
 STYLEGAN = GANConfig(
@@ -116,6 +118,64 @@ def test_two_and_three_processes_take_the_steps_of_one(tmp_path, kind):
                 assert torch.equal(other[0][name], ranks[0][0][name]), f"ranks differ in {name}"
         for name, expected in alone[1].items():
             assert ranks[0][1][name] == pytest.approx(expected, rel=1e-3, abs=1e-4), name
+
+
+def _train_with(world, folder, strategy):
+    """The conditional players without penalties: their whole state, on rank 0."""
+    players, gan = _players("conditional"), GANConfig(loss="hinge")
+    exchange = ExchangeConfig(strategy=strategy)
+    run = gan_run(world, Path(folder), TRAINING, players=players, gan=gan, conditional=True, exchange=exchange)
+    train(run)
+    state = run.strategy.state(run.task.phases)
+    run.strategy.close()
+    return {f"{name}/{key}": v.clone() for name, part in state.get("modules", {}).items() for key, v in part.items()}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_wrapped_and_sharded_players_take_the_steps_of_one_process(tmp_path, strategy):
+    """The generator's gradient passes through the discriminator's module, which is another phase's and frozen then."""
+    (alone,) = run_ranks(_train_with, 1, tmp_path / "1", "allreduce")
+    many, *_ = run_ranks(_train_with, 2, tmp_path / "2", strategy)
+    for name, expected in alone.items():
+        torch.testing.assert_close(many[name], expected, rtol=0, atol=1e-8, msg=name)
+
+
+def _path_length(world, folder):
+    """The gradient of the path-length penalty on 6 samples, and the mean path length."""
+    run = gan_run(world, Path(folder), TRAINING, players=_players("stylegan2"), gan=STYLEGAN)
+    phase = next(phase for phase in run.task.phases if phase.name == "g_reg")
+    share = 6 // world.world_size
+    positions = torch.arange(world.rank * share, (world.rank + 1) * share)
+    sum(run.task.losses(phase, image_batch(positions, positions)).values()).backward()
+    gradients = [p.grad for p in phase.parameters() if p.grad is not None]
+    for gradient in gradients:
+        run.collectives.sum_(gradient).div_(world.world_size)
+    return gradients, phase.module.mean_path_length
+
+
+def test_the_path_length_penalty_is_exact_where_ranks_have_odd_shares(tmp_path):
+    ((expected, mean),) = run_ranks(_path_length, 1, tmp_path)
+    for gradients, own_mean in run_ranks(_path_length, 2, tmp_path):
+        torch.testing.assert_close(gradients, expected, rtol=0, atol=1e-8)
+        torch.testing.assert_close(own_mean, mean)
+
+
+def test_a_layer_that_came_frozen_stays_as_it_is(tmp_path):
+    players = _players("plain")
+    layer = players[1][1].requires_grad_(False)
+    before = layer.weight.clone()
+    train(gan_run(World(), tmp_path, TRAINING, players=players, gan=KINDS["plain"]))
+    assert torch.equal(layer.weight, before)
+    assert layer.weight.grad is None
+
+
+def test_phases_of_one_module_share_its_weight_average(tmp_path):
+    training = replace(TRAINING, ema_half_life_clips=24)
+    run = gan_run(World(), tmp_path, training, players=_players("stylegan2"), gan=STYLEGAN)
+    train(run)
+    saved = load_latest(tmp_path, collectives=run.collectives)
+    assert set(saved.state["modules"]) == {"d", "d_reg", "g", "g_reg"}
+    assert set(saved.state["averages"]) == {"d", "g"}
 
 
 def test_a_resumed_gan_ends_in_the_same_bits(tmp_path):

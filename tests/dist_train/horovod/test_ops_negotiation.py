@@ -225,6 +225,8 @@ def test_fusion_joins_what_differs_in_name_and_shape_alone_up_to_the_threshold()
     assert names(fuse(responses, 10**9)) == [["a", "b", "c", "e"], ["x"], ["d"]]
     assert names(fuse(responses, 80)) == [["a", "b"], ["x"], ["c", "e"], ["d"]]
     assert len(fuse(responses, 0)) == len(responses)
+    scaled = Response("allreduce", 0, (allreduce("f", (10,))._replace(prescale=2.0),))
+    assert names(fuse([responses[0], scaled], 10**9)) == [["a"], ["f"]]
 
 
 def test_ranks_are_written_as_spans():
