@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from dist_train.collectives import Collectives, Pending
 from dist_train.reduction.lane import Lane
-from dist_train.reduction.reducer import Stateless
+from dist_train.reduction.reducer import Stateless, Unscaled
 
 if TYPE_CHECKING:
     from dist_train.strategies.buckets import Bucket
@@ -81,7 +81,7 @@ def adasum_flat_(flat: torch.Tensor, sizes: Sequence[int], *, group: dist.Proces
         _swap(flat, None, rank + power, group)
 
 
-class AdasumReducer(Stateless):
+class AdasumReducer(Unscaled, Stateless):
     """Adasum of buckets, parameter by parameter; see `dist_train.reduction.reducer.Reducer`."""
 
     multiple_of, sums_flags = 1, False

@@ -51,9 +51,12 @@ class PowerSGDReducer:
         self._errors: dict[int, torch.Tensor] = {}
         self._queries: dict[int, torch.Tensor] = {}
 
-    def start(self, bucket: Bucket, *, weight: float | None, total: float) -> Pending:
+    def scale(self, weight: float | None, total: float) -> float:
+        """The rank's share of the mean."""
+        return (1.0 if weight is None else weight) / total
+
+    def start(self, bucket: Bucket, *, weight: float | None, total: float) -> Pending:  # noqa: ARG002
         """See `Reducer`."""
-        bucket.flat.mul_((1.0 if weight is None else weight) / total)
         matrices = {i: v for i, v in zip(bucket.indices, bucket.views, strict=True) if self._gets_smaller(v.shape)}
         whole = [view for index, view in zip(bucket.indices, bucket.views, strict=True) if index not in matrices]
         for index, view in matrices.items():

@@ -21,11 +21,14 @@ class Reducer(Protocol):
     sums_flags: bool
     """A bucket's `flags` come out as sums over the ranks, 0 only where they were 0 on all."""
 
+    def scale(self, weight: float | None, total: float) -> float:
+        """What the gradients are multiplied by on their way into the bucket; the arguments are those of `start`."""
+
     def start(self, bucket: Bucket, *, weight: float | None, total: float) -> Pending:
         """Starts to reduce what `bucket` holds, in place; every rank, the same buckets in the same order.
 
         Args:
-            bucket: filled, and not touched until the wait is over.
+            bucket: filled with gradients times `scale`, and not touched until the wait is over.
             weight: this rank's weight; None: all ranks count alike.
             total: the sum of the ranks' weights; the world size where they count alike.
         """
@@ -41,6 +44,14 @@ class Reducer(Protocol):
 
     def load_state(self, state: Mapping[str, Any], parameters: Sequence[torch.Tensor]) -> None:
         """Takes what `state` gave, here or under another reduction, for the phase's `parameters`."""
+
+
+class Unscaled:
+    """What the reductions that take the gradients as they are have in common."""
+
+    def scale(self, weight: float | None, total: float) -> float:  # noqa: ARG002
+        """As they are."""
+        return 1.0
 
 
 class Stateless:

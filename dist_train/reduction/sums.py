@@ -49,9 +49,10 @@ class OneCollective:
 class ThroughNodes:
     """Reduce-scatter within the node, all-reduce of each shard across the nodes, all-gather within the node.
 
-    Each byte crosses the network once a node and not once a rank. Needs the same number of ranks, two or more, on each
-    of two or more nodes (`Nodes.problem`). Of host memory the reduce-scatter is an all-to-all and a sum: Gloo's own is
-    a whole all-reduce (torch 2.13), twice the bytes.
+    With L ranks on each of N nodes it takes 2 (L-1) + 2 (N-1) rounds where one ring takes 2 (N L - 1), and all of a
+    node's ranks send across the network at once, each its shard; the bytes on a node's link are about the ring's. Needs
+    the same L, two or more, on each of two or more nodes (`Nodes.problem`). Of host memory the reduce-scatter is an
+    all-to-all and a sum: Gloo's own is a whole all-reduce (torch 2.13), twice the bytes.
     """
 
     def __init__(self, collectives: Collectives, nodes: Nodes, lane: Lane) -> None:
@@ -131,21 +132,22 @@ class DenseReducer(Stateless):
         self._route, self._average, self._wire_dtype = route, average, wire_dtype
         self.multiple_of, self.sums_flags = route.multiple_of, True
 
-    def start(self, bucket: Bucket, *, weight: float | None, total: float) -> Pending:
+    def scale(self, weight: float | None, total: float) -> float:
+        """The rank's share of the mean; of a sum in full precision its weight alone."""
+        share = 1.0 if weight is None else weight
+        return share / total if self._average or self._wire_dtype is not None else share
+
+    def start(self, bucket: Bucket, *, weight: float | None, total: float) -> Pending:  # noqa: ARG002
         """See `Reducer`."""
-        flat, gradients, wire = bucket.flat, bucket.gradients, self._wire_dtype
-        if wire is not None and wire.itemsize < flat.dtype.itemsize:
-            gradients.mul_((1.0 if weight is None else weight) / total)
-            rounded = flat.to(wire)
+        flat, wire = bucket.flat, self._wire_dtype
+        if wire is None:
+            return self._route.start_sum_(flat, name=bucket.name, finish=None)
+        rounded = flat.to(wire) if wire.itemsize < flat.dtype.itemsize else flat
 
-            def unpack() -> None:
+        def unpack() -> None:
+            if rounded is not flat:
                 flat.copy_(rounded)
-                if not self._average:
-                    gradients.mul_(total)
+            if not self._average:
+                bucket.gradients.mul_(total)
 
-            return self._route.start_sum_(rounded, name=bucket.name, finish=unpack)
-        if weight is not None:
-            gradients.mul_(weight / total if self._average else weight)
-        divide = self._average and weight is None
-        finish = (lambda: gradients.div_(total)) if divide else None
-        return self._route.start_sum_(flat, name=bucket.name, finish=finish)
+        return self._route.start_sum_(rounded, name=bucket.name, finish=unpack)

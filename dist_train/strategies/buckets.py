@@ -95,8 +95,8 @@ class Bucket:
         if self.pending is not None:
             self.pending.wait()
 
-    def fill(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Copies the members' gradients in; zero where there is none."""
+    def fill(self, parameters: Sequence[nn.Parameter], scale: float = 1.0) -> None:
+        """Copies the members' gradients in, times `scale`; zero where there is none."""
         views, gradients = [], []
         for index, view in zip(self.indices, self.views, strict=True):
             gradient = parameters[index].grad
@@ -112,5 +112,10 @@ class Bucket:
                     gradient = parameters[index].grad = gradient.clone()
                 views.append(view)
                 gradients.append(gradient)
-        if views:
+        if scale != 1 and self.flat.device.type == "cpu":  # in one pass over memory
+            for view, gradient in zip(views, gradients, strict=True):
+                torch.mul(gradient, scale, out=view)
+        elif views:  # in few kernels
             torch._foreach_copy_(views, gradients)
+            if scale != 1:
+                self.gradients.mul_(scale)

@@ -31,7 +31,7 @@ class ExchangeConfig:
     reduction: Reduction = "average"
     """The mean of the ranks' gradients, their sum, or Adasum (a sum where they differ, a mean where they agree)."""
     hierarchical: Literal["off", "on", "auto"] = "off"
-    """Reduce within each node first, so that each byte crosses the network once a node; `auto`: where it can help."""
+    """Reduce within each node first, then across nodes, in fewer rounds; `auto`: where it can help."""
     average_every_steps: int = 1
     """Post-local SGD: exchange no gradients and average the parameters every so many steps; 1: do not."""
     local_after_epochs: float = 0.0

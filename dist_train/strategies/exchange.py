@@ -148,7 +148,7 @@ class PhaseExchange:
             self._total = float(total) or 1.0  # nobody has a clip: zeros, however divided
             self._total_weight = None
         with torch.no_grad():
-            bucket.fill(self._parameters)
+            bucket.fill(self._parameters, self._reducer.scale(self._weight, self._total))
             bucket.pending = self._reducer.start(bucket, weight=self._weight, total=self._total)
 
     def _exchange_again(self, bucket: Bucket) -> None:

@@ -72,7 +72,7 @@ def _train(world, folder, training, *, fail_at=None, attempt=0):
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("fail_at", [5, 7])
+@pytest.mark.parametrize("fail_at", [5, pytest.param(7, marks=pytest.mark.thorough)])
 def test_a_run_killed_in_mid_epoch_and_resumed_ends_in_the_same_bits(tmp_path, world_size, fail_at):
     undisturbed = run_ranks(_train, world_size, tmp_path / "a", TRAINING)
     assert run_ranks(_train_killed, world_size, tmp_path / "b", TRAINING, fail_at) == [None] * world_size
@@ -97,7 +97,7 @@ def _train_resumed(world, folder, training):
     return _train(world, folder, training, attempt=1)
 
 
-@pytest.mark.parametrize("before,after", [(1, 2), (2, 3), (3, 1)])
+@pytest.mark.parametrize("before,after", [(1, 2), (2, 3), pytest.param(3, 1, marks=pytest.mark.thorough)])
 def test_resuming_on_another_number_of_ranks_keeps_the_samples_exact(tmp_path, before, after):
     training = TrainingConfig(batch_clips=12, epochs=3, batch_norm="synchronized", evaluate_every_epochs=0)
     (undisturbed, *_), *_ = run_ranks(_train, 1, tmp_path / "a", training)

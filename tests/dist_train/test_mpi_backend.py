@@ -27,7 +27,14 @@ def mpi() -> Mpi:
     return found
 
 
-@pytest.mark.parametrize(("num_ranks", "dtypes"), [(2, "all"), (3, "some"), (4, "some")])
+@pytest.mark.parametrize(
+    ("num_ranks", "dtypes"),
+    [
+        (2, "all"),
+        pytest.param(3, "some", marks=pytest.mark.thorough),
+        pytest.param(4, "some", marks=pytest.mark.thorough),
+    ],
+)
 def test_every_collective_dtype_and_op_gives_gloos_answers(mpi, tmp_path, num_ranks, dtypes):
     output = tmp_path / "results.json"
     succeeded(mpi.run(num_ranks, "-m", "tests.dist_train.mpi_worker", output, dtypes))

@@ -145,7 +145,7 @@ def _check(name, by_rank, world_size):
     _compare(by_rank, world_size, _sum if "sum" in name else _mean, rounding=rounding)
 
 
-@pytest.mark.parametrize("world_size,ranks_per_node", [(2, 2), (3, 3), (4, 2)])
+@pytest.mark.parametrize("world_size,ranks_per_node", [(2, 2), pytest.param(3, 3, marks=pytest.mark.thorough), (4, 2)])
 def test_every_reduction_keeps_its_formula_when_ranks_have_different_graphs(world_size, ranks_per_node):
     def fits(name):
         return "hierarchical" not in name or world_size > ranks_per_node

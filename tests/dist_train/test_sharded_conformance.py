@@ -62,6 +62,7 @@ def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path, expected, st
             assert torch.equal(weights_of(got[name][0])[key], value), (name, key)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
 def test_three_ranks_equal_one_process_with_the_whole_batch(tmp_path, expected, strategy):
     """No parameter's size is divisible by three, and the ranks evaluate different numbers of batches."""

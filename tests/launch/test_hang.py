@@ -8,6 +8,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.launch.commands import COMMAND, QUICK, environment
 
 TIMEOUT = "--exchange.timeout-seconds=8"
@@ -97,6 +99,7 @@ def test_a_rank_that_hangs_in_the_users_code_is_named_with_the_line(tmp_path, mo
     assert "rank 0 waits" in line
 
 
+@pytest.mark.thorough
 def test_a_killed_rank_is_named_with_what_it_did_last(tmp_path, motion_shards):
     fault = "time.sleep(1.5); os.kill(os.getpid(), 9)"
     line = _ended(_start(tmp_path, motion_shards, NO_WORKERS, fault=fault), exit_code=137)
@@ -104,6 +107,7 @@ def test_a_killed_rank_is_named_with_what_it_did_last(tmp_path, motion_shards):
     assert "last heard of " in line
 
 
+@pytest.mark.thorough
 def test_a_stopped_rank_is_named_and_not_left_behind(tmp_path, motion_shards):
     process = _start(tmp_path, motion_shards, NO_WORKERS)
     _wait_for_steps(tmp_path, process)

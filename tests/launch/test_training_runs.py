@@ -51,7 +51,7 @@ def _wait_for_checkpoint(run_dir: Path, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.thorough), 2])
 def test_killed_in_mid_epoch_and_resumed_it_ends_in_the_same_bits(tmp_path, small, nproc):
     if nproc > 1:
         small = [*small, WORKERS]
