@@ -45,11 +45,12 @@ def find_placement(environ: Mapping[str, str]) -> Placement:
     """
     try:
         for matches, read in (
-            ("RANK" in environ and "WORLD_SIZE" in environ, _torchrun),
+            (environ.keys() >= {"RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}, _torchrun),
             ("OMPI_COMM_WORLD_RANK" in environ, _openmpi),
             ("PMI_RANK" in environ and "SLURM_PROCID" not in environ, _hydra),
             # Inside a step only: a batch script has SLURM_PROCID=0 and SLURM_NTASKS=n too, but is one process.
             ("SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ, _slurm),
+            (environ.keys() >= {"RANK", "WORLD_SIZE"}, _by_hand),
         ):
             if matches:
                 return read(environ)
@@ -76,6 +77,17 @@ def first_host(nodelist: str) -> str:
     prefix, numbers, suffix = match.groups()
     first = re.split(r"[-,]", numbers)[0] if numbers else ""
     return f"{prefix}{first}{suffix}"
+
+
+def _by_hand(environ: Mapping[str, str]) -> Placement:
+    """PyTorch's `env://` variables alone: they tell on which node a process is only where all are on this one."""
+    master = environ.get("MASTER_ADDR", "localhost")
+    if int(environ["WORLD_SIZE"]) > 1 and master not in ("localhost", "127.0.0.1", "::1"):
+        raise ValueError(
+            f"RANK and WORLD_SIZE are set and LOCAL_WORLD_SIZE is not, with MASTER_ADDR {master}: set LOCAL_RANK and "
+            "LOCAL_WORLD_SIZE too (0 and 1 where each process has a node of its own), or start with torchrun"
+        )
+    return _torchrun(environ)
 
 
 def _torchrun(environ: Mapping[str, str]) -> Placement:

@@ -127,7 +127,9 @@ def run_rank(
         torch.backends.cudnn.benchmark = not experiment.training.deterministic
         start = load_latest(run_dir, collectives=collectives) if resume else None
         with ExitStack() as parts:
-            run = _assemble(experiment, splits, collectives, run_dir, attempt, run_id, start, parts)
+            run = collectives.together(  # a file of weights may be missing on one node only
+                lambda: _assemble(experiment, splits, collectives, run_dir, attempt, run_id, start, parts)
+            )
             parts.callback(run.strategy.close)
             outcome = train(dataclasses.replace(run, stop_requested=stop), start)
             with ledger.row(LOGGING, absorb=True):

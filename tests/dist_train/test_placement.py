@@ -86,3 +86,22 @@ def test_a_missing_variable_is_named():
 )
 def test_the_first_host_of_a_node_list(nodelist, host):
     assert first_host(nodelist) == host
+
+
+def test_variables_set_by_hand_are_all_on_this_node_or_have_to_say_more():
+    ours = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    placement = find_placement(ours)
+    assert (placement.rank, placement.local_rank, placement.local_world_size, placement.num_nodes) == (1, 1, 2, 1)
+    with pytest.raises(ValueError, match=r"MASTER_ADDR node-0: set LOCAL_RANK and LOCAL_WORLD_SIZE"):
+        find_placement({**ours, "MASTER_ADDR": "node-0"})
+    pod = find_placement({**ours, "MASTER_ADDR": "node-0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
+    assert (pod.node_rank, pod.num_nodes, pod.local_rank) == (1, 2, 0)
+
+
+def test_a_launchers_own_variables_say_more_than_those_of_a_process_group():
+    """`dist_train.mpi_backend` sets the latter under mpirun, for PyTorch's sake."""
+    launcher = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}  # fmt: skip
+    group = {"RANK": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    placement = find_placement({**launcher, **group})
+    assert (placement.launcher, placement.num_nodes, placement.node_rank) == ("openmpi", 2, 1)
