@@ -67,12 +67,14 @@ def _exchange(config: ExchangeConfig, model: nn.Module) -> str:
     gradients = f"{sum(sizes) / 1e6:.1f} MB"
     if config.strategy not in ("allreduce", "ddp"):
         return f"{gradients} of gradients, cut into parts by {config.strategy}"
-    most = config.bucket_bytes
-    if config.strategy == "allreduce":
-        most = usual_bucket_bytes(sum(sizes), most)
-    order = list(reversed(range(len(parameters))))
-    buckets = plan_buckets(sizes, [p.dtype for p in parameters], order, most)
-    return f"{gradients} in {len(buckets)} buckets"
+    order, dtypes = list(reversed(range(len(parameters)))), [p.dtype for p in parameters]
+    counts = []
+    for hides in (True, False):
+        own = config.strategy == "allreduce"
+        most = usual_bucket_bytes(sum(sizes), config.bucket_bytes, hides=hides) if own else config.bucket_bytes
+        counts.append(len(plan_buckets(sizes, dtypes, order, most)))
+    fewer = f" ({counts[1]} between CPU processes of one node)" if counts[1] != counts[0] else ""
+    return f"{gradients} in {counts[0]} buckets{fewer}"
 
 
 def _describe(manifest: object) -> str:

@@ -12,13 +12,15 @@ from dist_train.collectives import Pending
 FEWEST_BUCKETS, LEAST_BYTES = 4, 1_000_000
 
 
-def usual_bucket_bytes(num_bytes: int, most: int) -> int:
+def usual_bucket_bytes(num_bytes: int, most: int, *, hides: bool) -> int:
     """The size of buckets for gradients of `num_bytes` in all where `most` is asked for.
 
-    Four buckets at least: what is left of the exchange after the backward pass is the last bucket, and a model that
-    fits into one would hide nothing. Below a megabyte latency costs more than that.
+    Four buckets at least where a network or a GPU can work beside the backward pass (`hides`): what is left of the
+    exchange after it is the last bucket, and a model that fits into one would hide nothing. Below a megabyte latency
+    costs more than that. Between processes of one node on their CPUs the exchange is work of the same processors, and
+    starting it early only disturbs them: as few buckets as `most` allows.
     """
-    return min(most, max(num_bytes // FEWEST_BUCKETS, LEAST_BYTES))
+    return min(most, max(num_bytes // FEWEST_BUCKETS, LEAST_BYTES)) if hides else most
 
 
 def plan_buckets(
@@ -87,6 +89,7 @@ class Bucket:
     def reset(self) -> None:
         """Ready for the next step."""
         self.missing = len(self.indices)
+        self._present: list[tuple[int, int] | None] = [None] * len(self.indices)  # which gradients are in already
         self.pending: Pending | None = None
         self.stale = False
 
@@ -95,11 +98,21 @@ class Bucket:
         if self.pending is not None:
             self.pending.wait()
 
+    def put(self, place: int, gradient: torch.Tensor, scale: float) -> None:
+        """Copies the gradient of the member at `place` in now, while the processor has it at hand (host memory)."""
+        view = self.views[place]
+        address = gradient.data_ptr()
+        if gradient.layout == torch.strided and address != view.data_ptr() and not gradient.requires_grad:
+            torch.mul(gradient, scale, out=view)
+            self._present[place] = (address, gradient._version)
+
     def fill(self, parameters: Sequence[nn.Parameter], scale: float = 1.0) -> None:
-        """Copies the members' gradients in, times `scale`; zero where there is none."""
+        """Copies those of the members' gradients in that are not there yet, times `scale`; zero where there is none."""
         views, gradients = [], []
-        for index, view in zip(self.indices, self.views, strict=True):
+        for index, view, present in zip(self.indices, self.views, self._present, strict=True):
             gradient = parameters[index].grad
+            if present is not None and gradient is not None and present == (gradient.data_ptr(), gradient._version):
+                continue
             if gradient is None:
                 view.zero_()
             elif gradient.layout != torch.strided:
@@ -119,3 +132,4 @@ class Bucket:
             torch._foreach_copy_(views, gradients)
             if scale != 1:
                 self.gradients.mul_(scale)
+        self._present = [None] * len(self.indices)  # from here on the buffer is the exchange's

@@ -45,12 +45,14 @@ class PhaseExchange:
         self._hooked = {id(p) for p in self._parameters}
         self._sizes = [p.numel() * p.element_size() for p in self._parameters]
         self._tuner = BucketTuner(phase.name, sum(self._sizes), collectives) if bucket_bytes is None else None
-        self._bucket_bytes = usual_bucket_bytes(sum(self._sizes), bucket_bytes or 0)
+        hides = collectives.world.num_nodes > 1 or collectives.world.device.type != "cpu"
+        self._bucket_bytes = usual_bucket_bytes(sum(self._sizes), bucket_bytes or 0, hides=hides)
         self._active = False
         self._order: list[int] = []  # in which gradients become ready; empty before the first exchange
         self._expected: list[int] = []  # times that each gradient is accumulated before it is ready
         self._buckets: list[Bucket] = []
-        self._bucket_of: list[Bucket] = []
+        self._place_of: list[tuple[Bucket, int]] = []  # each parameter's bucket, and its place there
+        self._at_once, self._scale = False, 1.0
         self._ready_order: dict[int, int] = {}  # index -> times accumulated, while there is no plan
         self._times: list[int] = [0] * len(self._parameters)
         self._next = 0  # first bucket that has not been launched
@@ -66,6 +68,9 @@ class PhaseExchange:
         self._active = True
         self._weight = weight
         self._total = float(self._collectives.world.world_size)
+        # Of host memory a gradient is copied when it is ready; a device copies a bucket's in one kernel.
+        self._at_once = weight is None and self._collectives.world.device.type == "cpu"
+        self._scale = self._reducer.scale(weight, self._total)
         if weight is not None:
             if not 0 <= weight < math.inf:
                 raise ValueError(
@@ -123,13 +128,17 @@ class PhaseExchange:
         if not self._buckets:
             self._ready_order[index] = self._times[index]
             return
-        bucket = self._bucket_of[index]
+        bucket, place = self._place_of[index]
         if bucket.pending is not None:
             bucket.stale = True
-        elif self._times[index] == self._expected[index]:
-            bucket.missing -= 1
-            if bucket.missing == 0:
-                self._launch_ready()
+        elif self._times[index] >= self._expected[index]:
+            gradient = self._parameters[index].grad
+            if self._at_once and gradient is not None:
+                bucket.put(place, gradient, self._scale)
+            if self._times[index] == self._expected[index]:
+                bucket.missing -= 1
+                if bucket.missing == 0:
+                    self._launch_ready()
 
     def _launch_ready(self, all_of_them: bool = False) -> None:
         """Launches complete buckets in their fixed order: the same sequence of collectives on every rank."""
@@ -206,8 +215,8 @@ class PhaseExchange:
             )
             for number, indices in enumerate(plan)
         ]
-        of = {index: bucket for bucket in self._buckets for index in bucket.indices}
-        self._bucket_of = [of[index] for index in range(len(self._parameters))]
+        of = {index: (bucket, place) for bucket in self._buckets for place, index in enumerate(bucket.indices)}
+        self._place_of = [of[index] for index in range(len(self._parameters))]
 
     @property
     def tuned_bytes(self) -> int | None:

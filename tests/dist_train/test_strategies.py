@@ -321,7 +321,8 @@ def test_buckets_hold_every_parameter_once_and_only_one_dtype():
     ],
 )
 def test_a_small_model_is_exchanged_in_several_buckets_too(num_bytes, most, expected):
-    assert usual_bucket_bytes(num_bytes, most) == expected
+    assert usual_bucket_bytes(num_bytes, most, hides=True) == expected
+    assert usual_bucket_bytes(num_bytes, most, hides=False) == most
 
 
 @pytest.mark.parametrize("name,megabytes,words", [("horovod", 25.0, "allreduce, ddp"), ("ddp", 0.0, "positive")])

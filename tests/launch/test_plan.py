@@ -37,7 +37,7 @@ def test_the_plan_says_the_batch_arithmetic_and_the_buckets(motion_shards):
     lines = plan(_experiment(motion_shards, micro_batches=2), world_size=2)
     assert lines["batch"] == "16 clips = 2 processes x 2 micro-batches x 4 clips"
     assert "gradients by allreduce" in lines["processes"]
-    assert lines["exchange a step"] == "2.8 MB in 4 buckets"  # as the strategy makes them: not one of 25 MB
+    assert lines["exchange a step"] == "2.8 MB in 4 buckets (1 between CPU processes of one node)"
     assert "linear rule from" in lines["learning rate"]
 
 
