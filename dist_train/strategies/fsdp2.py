@@ -119,30 +119,39 @@ class FullyShardedStrategy(Replicated):
 
     def weights(self, phase: Phase) -> dict[str, torch.Tensor]:
         """This rank's parts."""
+        self._let_go()
         return {name: _local(p.detach()) for name, p in phase.module.named_parameters()}
 
     def whole(self, phase: Phase, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Gathers the parts on rank 0."""
+        self._let_go()
         like = dict(phase.module.named_parameters())
         joined = {name: _joined(parts[name], parameter) for name, parameter in like.items()}
         return whole_on_first(joined, self._collectives.world)
 
     def parts(self, phase: Phase, whole: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Cuts this rank's parts out."""
+        self._let_go()
         return {name: _local(_part(whole[name], p)) for name, p in phase.module.named_parameters()}
 
     @contextmanager
     def evaluating(self, phases: Sequence[Phase]) -> Iterator[None]:  # noqa: ARG002
         """Every rank holds the whole weights inside, so that ranks may have different numbers of batches."""
+        self._let_go()  # what is gathered already may be older than the parts
         for unit in self._units:
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
         try:
             yield
         finally:
+            self._let_go()
             for unit in self._units:
-                unit.reshard()
                 unit.set_reshard_after_forward(unit not in self._roots, recurse=False)
+
+    def _let_go(self) -> None:
+        """Back to parts: a forward pass without a backward (an opponent's, a penalty-free step's) stays gathered."""
+        for unit in self._units:
+            unit.reshard()
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 

@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from dist_train.collectives import Collectives
 from dist_train.loop import TrainingConfig, train
-from tests.dist_train.sharded import SHARDED, block_run, needs_deepspeed, weights_of, whole_state
+from dist_train.phases import Phase
+from dist_train.strategies import ExchangeConfig, make_strategy
+from tests.dist_train.sharded import SHARDED, BlockModel, block_run, needs_deepspeed, weights_of, whole_state
 from tests.ranks import run_ranks
 
 SYNCHRONIZED = TrainingConfig(batch_clips=12, epochs=3, batch_norm="synchronized", ema_half_life_clips=24)
@@ -80,3 +83,32 @@ def _assert_close(state, reference, name):
     ours, theirs = state["optimizers"]["classify"], reference["optimizers"]["classify"]
     assert ours["param_groups"] == theirs["param_groups"]
     torch.testing.assert_close(ours["state"], theirs["state"], rtol=0, atol=2e-5, msg=lambda m: f"{name}: {m}")
+
+
+def _weights_after_a_forward_pass_alone(world):
+    """What a rank holds before and after it has called the module without a backward pass, and after an update."""
+    torch.manual_seed(1)
+    module = BlockModel()
+    phase = Phase(name="p", module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1))
+    strategy = make_strategy(ExchangeConfig(strategy="fsdp2"), Collectives(world))
+    (phase,) = strategy.prepare([phase])
+    clips = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    before = {name: part.clone() for name, part in strategy.weights(phase).items()}
+    with torch.no_grad():
+        phase.module(clips)
+    after = {name: part.clone() for name, part in strategy.weights(phase).items()}
+    whole = strategy.whole(phase, strategy.weights(phase))
+    with strategy.evaluating([phase]), torch.no_grad():
+        evaluated = phase.module(clips)
+    return before, after, {name: value.shape for name, value in whole.items()}, evaluated
+
+
+def test_a_forward_pass_alone_does_not_leave_whole_weights_behind_under_fsdp2():
+    ranks = run_ranks(_weights_after_a_forward_pass_alone, 2)
+    shapes = {name: parameter.shape for name, parameter in BlockModel().named_parameters()}
+    assert ranks[0][2] == shapes
+    for before, after, _, evaluated in ranks:
+        assert any(part.shape != shapes[name] for name, part in before.items())
+        for name, part in before.items():
+            assert torch.equal(after[name], part), name
+        assert torch.equal(evaluated, ranks[0][3])
