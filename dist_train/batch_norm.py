@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -25,8 +25,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dist_train.collectives import Collectives
 
 BatchNormMode = Literal["local", "ghost", "synchronized", "partial", "frozen"]
-
-_Layer = TypeVar("_Layer", bound=_BatchNorm)
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -42,7 +40,23 @@ class _SumOverRanks(torch.autograd.Function):
         return _SumOverRanks.apply(gradients[0], ctx.collectives), None
 
 
-class SynchronizedBatchNorm(_BatchNorm):
+class _InPlaceOf(_BatchNorm):
+    """A BatchNorm of `[B, C, ...]` that takes the place of another layer and shares its parameters and buffers."""
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"expected [B, C, ...], got a tensor of shape {tuple(input.shape)}")
+
+    @classmethod
+    def _sharing(cls, layer: _BatchNorm) -> Self:
+        """With the parameters, buffers and mode of `layer`."""
+        new = cls(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats, device="meta")
+        new._parameters.update(layer._parameters)
+        new._buffers.update(layer._buffers)
+        return new.train(layer.training)
+
+
+class SynchronizedBatchNorm(_InPlaceOf):
     """BatchNorm with statistics over the micro-batches of all ranks (equal sizes on each rank).
 
     Takes `[B, C, ...]` of any rank of tensor. Parameters, buffers and `state_dict` keys are those of `nn.BatchNorm*d`.
@@ -54,13 +68,9 @@ class SynchronizedBatchNorm(_BatchNorm):
     @classmethod
     def like(cls, layer: _BatchNorm, collectives: Collectives) -> SynchronizedBatchNorm:
         """A synchronised layer that shares the parameters and buffers of `layer`."""
-        new = _sharing(cls, layer)
+        new = cls._sharing(layer)
         new.collectives = collectives
         return new
-
-    def _check_input_dim(self, input: torch.Tensor) -> None:
-        if input.ndim < 2:
-            raise ValueError(f"expected [B, C, ...], got a tensor of shape {tuple(input.shape)}")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalises `input`, in float32 or better inside, and returns its dtype and memory layout."""
@@ -94,7 +104,7 @@ class SynchronizedBatchNorm(_BatchNorm):
         self.running_var.lerp_(unbiased.to(self.running_var), momentum)
 
 
-class GhostBatchNorm(_BatchNorm):
+class GhostBatchNorm(_InPlaceOf):
     """BatchNorm of `num_groups` equal parts of the batch, each by its own mean and variance.
 
     Takes `[B, C, ...]` with B a multiple of `num_groups`; a part is a run of neighbouring samples (whole clips, where a
@@ -107,13 +117,9 @@ class GhostBatchNorm(_BatchNorm):
     @classmethod
     def like(cls, layer: _BatchNorm, num_groups: int) -> GhostBatchNorm:
         """A ghost layer that shares the parameters and buffers of `layer`."""
-        new = _sharing(cls, layer)
+        new = cls._sharing(layer)
         new.num_groups = num_groups
         return new
-
-    def _check_input_dim(self, input: torch.Tensor) -> None:
-        if input.ndim < 2:
-            raise ValueError(f"expected [B, C, ...], got a tensor of shape {tuple(input.shape)}")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalises each part of `input`; in evaluation mode all of it by the running statistics."""
@@ -141,14 +147,6 @@ class GhostBatchNorm(_BatchNorm):
                     count += 1
             self.running_mean, self.running_var, self.num_batches_tracked = mean, variance, count
         return torch.cat(outputs)
-
-
-def _sharing(kind: type[_Layer], layer: _BatchNorm) -> _Layer:
-    """A layer of class `kind` with the parameters, buffers and mode of `layer`."""
-    new = kind(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats, device="meta")
-    new._parameters.update(layer._parameters)
-    new._buffers.update(layer._buffers)
-    return new.train(layer.training)
 
 
 def apply_batch_norm_mode(
