@@ -13,8 +13,8 @@ from data_shards.batch import Batch
 from dist_train.checkpoint import CheckpointConfig
 from dist_train.collectives import Collectives
 from dist_train.ledger.recorder import Recorder
-from dist_train.loop import Run, TrainingConfig
 from dist_train.optimizers import OptimizerConfig, make_optimizer
+from dist_train.run import Run, TrainingConfig
 from dist_train.schedules import ScheduleConfig
 from dist_train.strategies import ExchangeConfig, make_strategy
 from dist_train.tasks.video_classification import VideoClassification

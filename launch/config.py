@@ -14,8 +14,8 @@ from typing import Any, Literal
 from data_shards.clips import ClipConfig
 from data_shards.loader import LoaderConfig
 from dist_train.checkpoint import CheckpointConfig
-from dist_train.loop import TrainingConfig
 from dist_train.optimizers import OptimizerConfig
+from dist_train.run import TrainingConfig
 from dist_train.schedules import ScheduleConfig
 from dist_train.strategies import ExchangeConfig
 

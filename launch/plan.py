@@ -6,7 +6,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from dist_train.loop import steps_left
+from dist_train.run import steps_left
 from dist_train.strategies import ExchangeConfig
 from dist_train.strategies.buckets import plan_buckets, usual_bucket_bytes
 from launch.config import Experiment

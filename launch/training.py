@@ -26,11 +26,12 @@ from dist_train.ledger import NullLedger, start_ledger
 from dist_train.ledger.clock import ClockOffset
 from dist_train.ledger.recorder import Recorder
 from dist_train.ledger.rows import LOGGING
-from dist_train.loop import Outcome, Run, steps_left, train
+from dist_train.loop import train
 from dist_train.optimizers import make_optimizer
 from dist_train.placement import Placement
 from dist_train.recompute import apply_recomputation
 from dist_train.rendezvous import Transport, process_group
+from dist_train.run import Outcome, Run, steps_left
 from dist_train.strategies import make_strategy
 from dist_train.tasks.video_classification import VideoClassification
 from dist_train.watchdog import Watchdog

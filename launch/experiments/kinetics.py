@@ -10,8 +10,8 @@ from pathlib import Path
 
 from data_shards.clips import ClipConfig
 from data_shards.loader import LoaderConfig
-from dist_train.loop import TrainingConfig
 from dist_train.optimizers import OptimizerConfig
+from dist_train.run import TrainingConfig
 from dist_train.schedules import ScheduleConfig
 from launch.config import DataConfig, Experiment, ModelConfig
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from data_shards.clips import ClipConfig
-from dist_train.loop import TrainingConfig
 from dist_train.optimizers import OptimizerConfig
+from dist_train.run import TrainingConfig
 from dist_train.schedules import ScheduleConfig
 from launch.config import DataConfig, Experiment, ModelConfig
 

@@ -17,8 +17,9 @@ from dist_train import accounts
 from dist_train.ledger import Ledger
 from dist_train.ledger.standings import straggler_of
 from dist_train.ledger.summary import read_ledger
-from dist_train.loop import TrainingConfig, train
+from dist_train.loop import train
 from dist_train.optimizers import OptimizerConfig, make_optimizer
+from dist_train.run import TrainingConfig
 from dist_train.strategies import ExchangeConfig
 from dist_train.tasks.video_classification import VideoClassification
 from tests.cluster.hosts import Hosts, need_hosts

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from dist_train.batch_norm import apply_batch_norm_mode
-from dist_train.loop import Run, TrainingConfig
 from dist_train.optimizers import OptimizerConfig, make_optimizer
+from dist_train.run import Run, TrainingConfig
 from dist_train.strategies import ExchangeConfig
 from dist_train.tasks.video_classification import VideoClassification
 from dist_train.world import World

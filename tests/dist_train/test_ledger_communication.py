@@ -14,7 +14,8 @@ from dist_train.ledger import Ledger, recorder
 from dist_train.ledger.bandwidth import bus_bytes, bus_factor, sent_bytes
 from dist_train.ledger.flights import Blocked, Flight, summarize, wire_seconds
 from dist_train.ledger.summary import read_ledger
-from dist_train.loop import TrainingConfig, train
+from dist_train.loop import train
+from dist_train.run import TrainingConfig
 from dist_train.strategies import ExchangeConfig
 from tests.dist_train.toy import ToyModel, toy_run
 from tests.ranks import run_ranks

@@ -19,7 +19,8 @@ from dist_train.ledger.host import HostCounters, group_interface, infiniband_cou
 from dist_train.ledger.standings import straggler_of
 from dist_train.ledger.stragglers import Standing, find_straggler, link_straggler, slow_link, steady
 from dist_train.ledger.summary import read_ledger
-from dist_train.loop import TrainingConfig, train
+from dist_train.loop import train
+from dist_train.run import TrainingConfig
 from tests.dist_train.toy import toy_run
 from tests.ranks import run_ranks
 

@@ -14,8 +14,9 @@ from dist_train.checkpoint import CheckpointConfig, load_latest
 from dist_train.collectives import Collectives
 from dist_train.journal import Journal, certify
 from dist_train.ledger import Ledger
-from dist_train.loop import TrainingConfig, step_seed, steps_left, train
+from dist_train.loop import train
 from dist_train.optimizers import OptimizerConfig, make_optimizer
+from dist_train.run import TrainingConfig, step_seed, steps_left
 from dist_train.strategies import ExchangeConfig
 from dist_train.tasks.video_classification import VideoClassification
 from dist_train.world import World

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dist_train.checkpoint import load_latest, read_checkpoint
-from dist_train.loop import TrainingConfig, train
+from dist_train.loop import train
+from dist_train.run import TrainingConfig
 from tests.dist_train.sharded import block_run, weights_of, whole_state
 from tests.ranks import run_ranks
 

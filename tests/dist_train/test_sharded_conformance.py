@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from dist_train.collectives import Collectives
-from dist_train.loop import TrainingConfig, train
+from dist_train.loop import train
 from dist_train.phases import Phase
+from dist_train.run import TrainingConfig
 from dist_train.strategies import ExchangeConfig, make_strategy
 from tests.dist_train.sharded import SHARDED, BlockModel, block_run, needs_deepspeed, weights_of, whole_state
 from tests.ranks import run_ranks

@@ -11,8 +11,9 @@ from torch import nn
 
 from dist_train.batch_norm import apply_batch_norm_mode
 from dist_train.collectives import Collectives
-from dist_train.loop import TrainingConfig, train
+from dist_train.loop import train
 from dist_train.phases import Phase
+from dist_train.run import TrainingConfig
 from dist_train.strategies import ExchangeConfig, make_strategy
 from dist_train.strategies.base import BufferAverage
 from dist_train.strategies.buckets import plan_buckets, usual_bucket_bytes

@@ -17,9 +17,10 @@ from torch import nn
 from dist_train.checkpoint import CheckpointConfig, read_checkpoint
 from dist_train.collectives import Collectives
 from dist_train.ledger import NullLedger
-from dist_train.loop import TrainingConfig, train
+from dist_train.loop import train
 from dist_train.optimizers import OptimizerConfig, make_optimizer, set_learning_rate
 from dist_train.phases import Phase
+from dist_train.run import TrainingConfig
 from dist_train.schedules import ScheduleConfig, learning_rate_factor
 from dist_train.strategies import ExchangeConfig, make_strategy, tuning
 from dist_train.world import World

@@ -12,7 +12,8 @@ from torch import nn
 from dist_train.checkpoint import CheckpointConfig, load_latest
 from dist_train.collectives import Collectives
 from dist_train.gan.draws import normal_draws, uniform_draws
-from dist_train.loop import TrainingConfig, train
+from dist_train.loop import train
+from dist_train.run import TrainingConfig
 from dist_train.strategies import ExchangeConfig
 from dist_train.tasks.gan import GANConfig
 from dist_train.world import World

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dist_train.checkpoint import CheckpointConfig
 from dist_train.collectives import Collectives
 from dist_train.ledger import NullLedger
-from dist_train.loop import Run, TrainingConfig
+from dist_train.run import Run, TrainingConfig
 from dist_train.schedules import ScheduleConfig
 from dist_train.strategies import ExchangeConfig, make_strategy
 from dist_train.tasks.gan import GANConfig, ImageGAN
