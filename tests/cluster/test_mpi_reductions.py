@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from dist_train.world import World
 from tests.cluster.mpi import own_mpi
-from tests.dist_train import test_reduction as reductions
+from tests.dist_train import reductions
 
 CONFIGS = {
     "average": reductions.EXACT["average"],
@@ -30,10 +30,10 @@ def _rank() -> None:
     rank, world_size = group.rank(), group.size()
     world = World(rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size, launcher="test")
     by_rank = [None] * world_size
-    dist.all_gather_object(by_rank, reductions._gradients(world, CONFIGS, 2))
+    dist.all_gather_object(by_rank, reductions.gradients_under(world, CONFIGS, 2))
     for name in CONFIGS if rank == 0 else ():
-        reductions._check(name, [found[name] for found in by_rank], world_size)
-    assert reductions._overlap(world, [replace(reductions.EXACT["hierarchical"], bucket_megabytes=0.0011)])
+        reductions.check(name, [found[name] for found in by_rank], world_size)
+    assert reductions.overlap(world, [replace(reductions.EXACT["hierarchical"], bucket_megabytes=0.0011)])
     print(f"rank {rank} is done")
     dist.destroy_process_group()
 
