@@ -11,13 +11,14 @@ from typing import Literal
 import numpy as np
 import torch
 
-from data_shards.activity import AUGMENTING, DECODING, READING
-from data_shards.decode import Video
-from data_shards.errors import DataError
+from data_shards.activity import AUGMENTING
+from data_shards.errors import DataError, SampleError
+from data_shards.forms.opening import open_frames
+from data_shards.framing import Framing, apply_framing
 from data_shards.manifest import Manifest
 from data_shards.reading import ShardReader, describe_sample
 from data_shards.sampling import dense_frames, sample_generator, segment_frames
-from data_shards.transforms import evaluation_clip, train_clip
+from data_shards.transforms import evaluation_framing, training_framing
 
 # What a clip costs, as counted by `read_clip`; the seconds are wall time of the process that makes the clip.
 COST_NAMES = (
@@ -72,6 +73,20 @@ class ClipConfig:
             return dense_frames(num_frames, self.num_segments, self.dense_window_frames, generator)
         return segment_frames(num_frames, self.num_segments, generator)
 
+    def framing(self, row: np.void, generator: np.random.Generator | None) -> Framing:
+        """What of a sample's pictures a clip shows (`row` is the manifest's); random with a generator."""
+        height, width = int(row["height"]), int(row["width"])
+        if generator is None:
+            return evaluation_framing(height, width, crop_size=self.crop_size, short_side=self.short_side)
+        return training_framing(
+            height,
+            width,
+            crop_size=self.crop_size,
+            short_side=self.short_side,
+            multi_scale_crop=self.multi_scale_crop,
+            generator=generator,
+        )
+
 
 def read_clip(
     manifest: Manifest,
@@ -98,42 +113,51 @@ def read_clip(
     Raises DataError, naming shard and key, for a sample that is damaged or cannot be decoded; OSError where the machine
     cannot read it.
     """
-    if out is None:
-        out = torch.empty((clip.num_segments, clip.crop_size, clip.crop_size, 3), dtype=torch.uint8)
     begins = begins or _nobody_asks
-    begins(READING)
     started = perf_counter()
     if reader is None:
         with ShardReader(manifest) as own_reader:
-            payload = own_reader.read(sample_id)
-    else:
-        payload = reader.read(sample_id)
-    begins(DECODING)
-    read_done = perf_counter()
-    generator = sample_generator(seed, epoch, sample_id) if training else None
+            return _make_clip(own_reader, sample_id, clip, training, (seed, epoch), out, begins, started)
+    return _make_clip(reader, sample_id, clip, training, (seed, epoch), out, begins, started)
+
+
+def _make_clip(
+    reader: ShardReader,
+    sample_id: int,
+    clip: ClipConfig,
+    training: bool,
+    seed_and_epoch: tuple[int, int],
+    out: torch.Tensor | None,
+    begins: Callable[[int], None],
+    started: float,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    if out is None:
+        out = torch.empty((clip.num_segments, clip.crop_size, clip.crop_size, 3), dtype=torch.uint8)
+    manifest = reader.manifest
+    generator = sample_generator(*seed_and_epoch, sample_id) if training else None
+    payload = reader.open(sample_id, begins)
     try:
-        video = Video(payload)
-        decoded = video.decode(clip.frame_numbers(video.num_frames, generator))
+        source = open_frames(manifest.form, payload)
+        numbers = clip.frame_numbers(source.num_frames, generator)
+        framing = clip.framing(manifest.samples[sample_id], generator)
+        decoded = source.decode(numbers, framing)
+        begins(AUGMENTING)
+        decode_done = perf_counter()
+        frames = torch.from_numpy(decoded.frames)
+        if not decoded.framed:
+            frames = apply_framing(frames, framing)
+    except SampleError:
+        raise
     except DataError as error:
-        raise DataError(f"{describe_sample(manifest, sample_id)}: {error}") from error
-    begins(AUGMENTING)
-    decode_done = perf_counter()
-    frames = torch.from_numpy(decoded.frames)
-    if generator is None:
-        evaluation_clip(frames, out, short_side=clip.short_side)
-    else:
-        train_clip(
-            frames,
-            out,
-            short_side=clip.short_side,
-            multi_scale_crop=clip.multi_scale_crop,
-            horizontal_flip=clip.horizontal_flip,
-            generator=generator,
-        )
+        raise SampleError(f"{describe_sample(manifest, sample_id)}: {error}") from error
+    if generator is not None and clip.horizontal_flip and generator.random() < 0.5:
+        frames = frames.flip(2)
+    out.copy_(frames)
+    read_seconds = payload.costs.total_seconds()
     costs: dict[str, float] = {
-        "read_seconds": read_done - started,
-        "read_bytes": len(payload),
-        "decode_seconds": decode_done - read_done,
+        "read_seconds": read_seconds,
+        "read_bytes": sum(payload.costs.num_bytes.values()),
+        "decode_seconds": decode_done - started - read_seconds,
         "decoded_bytes": decoded.frames.nbytes,
         "frames_decoded": decoded.frames_decoded,
         "frames_used": len(decoded.frames),

@@ -10,24 +10,15 @@ One thread: parallelism comes from worker processes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from data_shards.errors import DataError
+from data_shards.forms.base import DecodedFrames
+from data_shards.framing import Framing
 from data_shards.packet_index import PacketIndex, Run, describe_av_error, index_packets, plan_runs
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DecodedFrames:
-    """Frames as asked for, and what they cost."""
-
-    frames: np.ndarray
-    """RGB uint8 (T, H, W, 3), C-contiguous, upright (a rotation that the file states is applied)."""
-    frames_decoded: int
-    """Frames that the decoder put out for them, wanted or not."""
 
 
 class Video:
@@ -47,7 +38,11 @@ class Video:
         """Frames shown from start to end."""
         return len(self._index.shown) if self._all_frames is None else len(self._all_frames)
 
-    def decode(self, frame_numbers: Sequence[int] | np.ndarray) -> DecodedFrames:
+    def decode(
+        self,
+        frame_numbers: Sequence[int] | np.ndarray,
+        framing: Framing | None = None,  # noqa: ARG002 (see `FrameSource`)
+    ) -> DecodedFrames:
         """Decode frames 0 <= number < `num_frames`, in the order given; a number may repeat.
 
         Raises DataError where a wanted frame cannot be decoded, ValueError for a number that does not exist.

@@ -12,6 +12,10 @@ class DataError(ValueError):
     """Bad input in the data; the message says what, the value, where, and what to do next."""
 
 
+class SampleError(DataError):
+    """A sample that is damaged or cannot be decoded; the message names its shard and key."""
+
+
 class ManifestError(DataError):
     """A packed split that is absent, damaged, or does not match its shards."""
 

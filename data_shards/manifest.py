@@ -26,6 +26,7 @@ import numpy as np
 
 from data_shards.durable import write_atomically
 from data_shards.errors import DataError, ManifestError
+from data_shards.forms.base import Form
 
 __all__ = [
     "FORMAT",
@@ -97,6 +98,8 @@ class Manifest:
     """The tars, in order of their first sample."""
     samples: np.ndarray[Any, np.dtype[np.void]]
     """Rows of `samples_dtype`, memory-mapped and read-only."""
+    form: Form = "video"
+    """How the samples are stored."""
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -1,56 +1,87 @@
-"""The bytes of one sample out of its shard: one `pread` of exactly the payload, checked against the manifest."""
+"""The bytes of one sample out of its shard: whole and checked against the manifest, or only the parts asked for."""
 
-import os
 import zlib
-from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data_shards.errors import DataError
+from data_shards.activity import DECODING, READING
+from data_shards.errors import SampleError
 from data_shards.manifest import Manifest
+from data_shards.storage import ReadCosts, Storage, open_storage
 
-_MAX_OPEN_SHARDS = 64
 
+class Payload:
+    """The encoded bytes of one sample, read when asked for; `costs` says what that took."""
 
-class ShardReader:
-    """Reads payloads of a manifest's shards, keeping the files of the shards used last open.
+    def __init__(self, reader: "ShardReader", sample_id: int, begins: Callable[[int], None]) -> None:
+        self._reader, self._sample_id, self._begins = reader, sample_id, begins
+        row = reader.manifest.samples[sample_id]
+        self._offset, self._crc32 = int(row["offset"]), int(row["crc32"])
+        self.size = int(row["size"])
+        self.costs = ReadCosts()
 
-    One reader belongs to one process. Close it, or use it in a `with` statement.
-    """
+    def whole(self) -> bytes:
+        """All bytes, checked against the manifest's crc32.
 
-    def __init__(self, manifest: Manifest) -> None:
-        self.manifest = manifest
-        self._files: OrderedDict[int, int] = OrderedDict()
-
-    def read(self, sample_id: int) -> bytes:
-        """The encoded video of a sample.
-
-        Raises DataError, naming shard and key, where the tar is shorter than the manifest says or holds other bytes;
+        Raises SampleError, naming shard and key, where the tar is shorter than the manifest says or holds other bytes;
         OSError, naming them as well, where the file cannot be opened or read.
         """
-        row = self.manifest.samples[sample_id]
-        size, offset = int(row["size"]), int(row["offset"])
-        try:
-            payload = _read_exactly(self._file_of(sample_id, int(row["shard"])), size, offset)
-        except OSError as error:
-            where = describe_sample(self.manifest, sample_id)
-            raise type(error)(error.errno, f"{error.strerror}, reading {where}") from error
-        if len(payload) < size:
-            raise DataError(
-                f"{describe_sample(self.manifest, sample_id)}: the tar ends after {offset + len(payload)} bytes, the "
-                f"manifest wants {size} bytes at {offset}; copy the shard again or pack the set again"
-            )
+        payload = self.parts([(0, self.size)])[0]
         checksum = zlib.crc32(payload)
-        if checksum != row["crc32"]:
-            raise DataError(
-                f"{describe_sample(self.manifest, sample_id)}: the video's crc32 is {checksum:08x}, the manifest says "
-                f"{int(row['crc32']):08x}: tar and manifest do not match; copy the shard again or pack the set again"
+        if checksum != self._crc32:
+            raise SampleError(
+                f"{self._where()}: the sample's crc32 is {checksum:08x}, the manifest says {self._crc32:08x}: "
+                "tar and manifest do not match; copy the shard again or pack the set again"
             )
         return payload
 
+    def parts(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes of each (offset, size) within the sample, not checked: a form with parts has its own checksums.
+
+        Raises SampleError and OSError as `whole` does.
+        """
+        manifest = self._reader.manifest
+        name = manifest.shards[manifest.samples["shard"][self._sample_id]].name
+        absolute = [(self._offset + offset, size) for offset, size in ranges]
+        self._begins(READING)
+        try:
+            found = self._reader.storage.read(name, absolute, self.costs)
+        except OSError as error:
+            raise type(error)(error.errno, f"{error.strerror}, reading {self._where()}") from error
+        self._begins(DECODING)
+        for part, (offset, size) in zip(found, absolute, strict=True):
+            if len(part) < size:
+                raise SampleError(
+                    f"{self._where()}: the tar ends after {offset + len(part)} bytes, the manifest wants "
+                    f"{size} bytes at {offset}; copy the shard again or pack the set again"
+                )
+        return found
+
+    def _where(self) -> str:
+        return describe_sample(self._reader.manifest, self._sample_id)
+
+
+class ShardReader:
+    """Reads payloads of a manifest's shards. One reader belongs to one process.
+
+    Close it, or use it in a `with` statement.
+    """
+
+    def __init__(self, manifest: Manifest, storage: Storage | None = None) -> None:
+        self.manifest = manifest
+        self.storage = storage or open_storage(manifest.root)
+
+    def open(self, sample_id: int, begins: Callable[[int], None] = lambda _stage: None) -> Payload:
+        """The payload of a sample; nothing is read yet. `begins` is called as reads begin and end (`READING`, ...)."""
+        return Payload(self, sample_id, begins)
+
+    def read(self, sample_id: int) -> bytes:
+        """All bytes of a sample; raises as `Payload.whole` does."""
+        return self.open(sample_id).whole()
+
     def close(self) -> None:
-        """Close all files; the reader can be used again."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        """Let go of files and connections; the reader can be used again."""
+        self.storage.close()
 
     def __enter__(self) -> "ShardReader":
         return self
@@ -58,30 +89,7 @@ class ShardReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        self.close()
-
-    def _file_of(self, sample_id: int, shard: int) -> int:
-        descriptor = self._files.pop(shard, None)
-        if descriptor is None:
-            if len(self._files) >= _MAX_OPEN_SHARDS:
-                os.close(self._files.popitem(last=False)[1])
-            descriptor = os.open(self.manifest.shard_path(sample_id), os.O_RDONLY | os.O_CLOEXEC)
-        self._files[shard] = descriptor
-        return descriptor
-
 
 def describe_sample(manifest: Manifest, sample_id: int) -> str:
     """Where a sample is, for messages: "FOLDER/shard-000003.tar:KEY"."""
     return str(Path(manifest.root) / manifest.describe(sample_id))
-
-
-def _read_exactly(descriptor: int, size: int, offset: int) -> bytes:
-    """`size` bytes at `offset`, fewer only at the end of the file (a single `pread` may return less)."""
-    payload = os.pread(descriptor, size, offset)
-    while len(payload) < size:
-        more = os.pread(descriptor, size - len(payload), offset + len(payload))
-        if not more:
-            break
-        payload += more
-    return payload

@@ -1,14 +1,11 @@
-"""Frames to a clip of fixed size: multi-scale crop and flip in training, resize and center crop in evaluation.
+"""Which part of a picture a clip shows: multi-scale crop in training, resize and center crop in evaluation.
 
-Everything stays uint8; normalization belongs on the device. Layout legend: T frames, H height, W width, C = 3 channels.
+Drawn before anything is decoded, so that a decoder need not make more than that part.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
-import torch
-import torch.nn.functional as F
 
+from data_shards.framing import CropBox, Framing, short_side_size
 from data_shards.sampling import draw_below
 
 CROP_SCALES = (1.0, 0.875, 0.75, 0.66)
@@ -21,20 +18,6 @@ _OFFSETS = (
     (0, 2), (4, 2), (2, 4), (2, 0),
     (1, 1), (3, 1), (1, 3), (3, 3),
 )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CropBox:
-    """A rectangle of a frame, in pixels."""
-
-    top: int
-    """First row."""
-    left: int
-    """First column."""
-    height: int
-    """Rows."""
-    width: int
-    """Columns."""
 
 
 def multi_scale_crop_box(height: int, width: int, *, crop_size: int, generator: np.random.Generator) -> CropBox:
@@ -57,61 +40,43 @@ def multi_scale_crop_box(height: int, width: int, *, crop_size: int, generator: 
     )
 
 
-def train_clip(
-    frames: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    short_side: int,
-    multi_scale_crop: bool,
-    horizontal_flip: bool,
-    generator: np.random.Generator,
-) -> None:
-    """Write a random crop of `frames` (uint8 THWC) to `out` (uint8 T, S, S, C, contiguous), flipped half of the time.
+def training_framing(
+    height: int, width: int, *, crop_size: int, short_side: int, multi_scale_crop: bool, generator: np.random.Generator
+) -> Framing:
+    """A random crop of a `height` x `width` picture.
 
-    With `multi_scale_crop` the crop is `multi_scale_crop_box`'s, resized; else the short side is resized to
-    `short_side` and an S x S crop is taken at a uniform place. One choice holds for all frames of the clip.
+    With `multi_scale_crop` the crop is `multi_scale_crop_box`'s, scaled; else the short side is scaled to `short_side`
+    and a square is cut at a uniform place.
     """
-    crop_size = out.shape[1]
     if multi_scale_crop:
-        box = multi_scale_crop_box(frames.shape[1], frames.shape[2], crop_size=crop_size, generator=generator)
-        cropped = resize(crop(frames, box), crop_size, crop_size)
-    else:
-        frames = resize_short_side(frames, short_side)
-        top = draw_below(frames.shape[1] - crop_size + 1, generator)
-        left = draw_below(frames.shape[2] - crop_size + 1, generator)
-        cropped = crop(frames, CropBox(top=top, left=left, height=crop_size, width=crop_size))
-    if horizontal_flip and generator.random() < 0.5:
-        cropped = cropped.flip(2)
-    out.copy_(cropped)
-
-
-def evaluation_clip(frames: torch.Tensor, out: torch.Tensor, *, short_side: int) -> None:
-    """Write the center crop of `frames` (uint8 THWC) to `out` (uint8 T, S, S, C), short side resized before."""
-    crop_size = out.shape[1]
-    frames = resize_short_side(frames, short_side)
-    top = (frames.shape[1] - crop_size) // 2
-    left = (frames.shape[2] - crop_size) // 2
-    out.copy_(crop(frames, CropBox(top=top, left=left, height=crop_size, width=crop_size)))
-
-
-def crop(frames: torch.Tensor, box: CropBox) -> torch.Tensor:
-    """The rectangle `box` of each frame: a view (T, H, W, C)."""
-    return frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
-
-
-def resize_short_side(frames: torch.Tensor, short_side: int) -> torch.Tensor:
-    """`frames` (uint8 THWC) with the shorter of H and W at `short_side`, the other in proportion (rounded down)."""
-    height, width = frames.shape[1], frames.shape[2]
-    if height <= width:
-        return resize(frames, short_side, max(int(short_side * width / height), short_side))
-    return resize(frames, max(int(short_side * height / width), short_side), short_side)
-
-
-def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """`frames` (uint8 THWC) at another size: bilinear with antialiasing (as PIL's), a view where nothing changes."""
-    if frames.shape[1:3] == (height, width):
-        return frames
-    resized = F.interpolate(
-        frames.permute(0, 3, 1, 2), size=(height, width), mode="bilinear", antialias=True, align_corners=False
+        box = multi_scale_crop_box(height, width, crop_size=crop_size, generator=generator)
+        return Framing(height=height, width=width, scaled_height=height, scaled_width=width, box=box, size=crop_size)
+    scaled_height, scaled_width = short_side_size(height, width, short_side)
+    top = draw_below(scaled_height - crop_size + 1, generator)
+    left = draw_below(scaled_width - crop_size + 1, generator)
+    return Framing(
+        height=height,
+        width=width,
+        scaled_height=scaled_height,
+        scaled_width=scaled_width,
+        box=CropBox(top=top, left=left, height=crop_size, width=crop_size),
+        size=crop_size,
     )
-    return resized.permute(0, 2, 3, 1)
+
+
+def evaluation_framing(height: int, width: int, *, crop_size: int, short_side: int) -> Framing:
+    """The center square of a `height` x `width` picture, its short side scaled to `short_side` before."""
+    scaled_height, scaled_width = short_side_size(height, width, short_side)
+    return Framing(
+        height=height,
+        width=width,
+        scaled_height=scaled_height,
+        scaled_width=scaled_width,
+        box=CropBox(
+            top=(scaled_height - crop_size) // 2,
+            left=(scaled_width - crop_size) // 2,
+            height=crop_size,
+            width=crop_size,
+        ),
+        size=crop_size,
+    )

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data_shards.errors import DataError
 from data_shards.manifest import Manifest, Shard, open_manifest, samples_dtype, write_manifest
+from data_shards.probe import probe_video
 
 
 def make_split(
@@ -39,6 +41,7 @@ def make_split(
                 samples[sample_id]["size"] = len(payload)
                 samples[sample_id]["crc32"] = zlib.crc32(payload)
                 samples[sample_id]["shard"] = len(shards)
+                samples[sample_id]["width"], samples[sample_id]["height"] = _size(payload)
                 samples[sample_id]["label"] = labels[sample_id]
                 samples[sample_id]["key"] = key.encode()
                 _add(tar, f"{key}.cls", str(labels[sample_id]).encode())
@@ -48,6 +51,15 @@ def make_split(
     classes = [f"class{label}" for label in range(max(labels) + 1)]
     write_manifest(folder, split=split, classes=classes, shards=shards, samples=samples)
     return open_manifest(folder)
+
+
+def _size(payload: bytes) -> tuple[int, int]:
+    """(width, height) of a video; 1 x 1 for other bytes."""
+    try:
+        info = probe_video(payload)
+    except DataError:
+        return 1, 1
+    return info.width, info.height
 
 
 def damage(manifest: Manifest, sample_id: int) -> None:

@@ -71,7 +71,9 @@ def test_costs_count_bytes_frames_and_seconds(manifest):
 def test_dense_sampling_is_used_where_asked_for(manifest, monkeypatch):
     asked = []
     decode = Video.decode
-    monkeypatch.setattr(Video, "decode", lambda self, numbers: asked.append(list(numbers)) or decode(self, numbers))
+    monkeypatch.setattr(
+        Video, "decode", lambda self, numbers, framing: asked.append(list(numbers)) or decode(self, numbers)
+    )
     dense = ClipConfig(num_segments=4, crop_size=40, short_side=48, sampling="dense", dense_window_frames=8)
     read_clip(manifest, 0, clip=dense, training=False)
     read_clip(manifest, 0, clip=CLIP, training=False)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from data_shards import reading
 from data_shards.errors import DataError
 from data_shards.manifest import Manifest
 from data_shards.reading import ShardReader
+from data_shards.storage import local
 from tests.data_shards.packed import damage, make_split
 
 CONTENTS = {f"clip_{number}": os.urandom(1000 + 37 * number) for number in range(10)}
@@ -31,13 +31,13 @@ def test_payloads_are_the_bytes_that_were_packed(manifest):
 
 def test_a_read_that_returns_less_goes_on(manifest, monkeypatch):
     whole_pread = os.pread
-    monkeypatch.setattr(reading.os, "pread", lambda file, size, offset: whole_pread(file, min(size, 100), offset))
+    monkeypatch.setattr(local.os, "pread", lambda file, size, offset: whole_pread(file, min(size, 100), offset))
     with ShardReader(manifest) as reader:
         assert reader.read(7) == CONTENTS["clip_7"]
 
 
 def test_few_files_stay_open_and_none_after_close(manifest, monkeypatch):
-    monkeypatch.setattr(reading, "_MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(local, "_MAX_OPEN_FILES", 2)
     before = num_open_files()
     reader = ShardReader(manifest)
     for sample_id in (*range(10), 0, 9):
@@ -52,9 +52,7 @@ def test_few_files_stay_open_and_none_after_close(manifest, monkeypatch):
 def test_a_shard_used_again_stays_open(manifest, monkeypatch):
     opened = []
     whole_open = os.open
-    monkeypatch.setattr(
-        reading.os, "open", lambda path, flags: opened.append(Path(path).name) or whole_open(path, flags)
-    )
+    monkeypatch.setattr(local.os, "open", lambda path, flags: opened.append(Path(path).name) or whole_open(path, flags))
     with ShardReader(manifest) as reader:
         for sample_id in (0, 1, 2, 5, 0):
             reader.read(sample_id)

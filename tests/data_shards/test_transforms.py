@@ -9,15 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_shards.transforms import (
-    CropBox,
-    crop,
-    evaluation_clip,
-    multi_scale_crop_box,
-    resize,
-    resize_short_side,
-    train_clip,
-)
+from data_shards.errors import DataError
+from data_shards.framing import CropBox, apply_framing, crop, resize, short_side_size
+from data_shards.transforms import evaluation_framing, multi_scale_crop_box, training_framing
 
 
 def frames_of(height: int, width: int, *, num_frames: int = 2, seed: int = 0) -> torch.Tensor:
@@ -69,60 +63,23 @@ def test_resizing_is_pils_bilinear_within_rounding(size):
         assert np.abs(expected.astype(int) - mine.numpy()).max() <= 1
 
 
-def test_the_short_side_is_resized_in_proportion():
-    assert resize_short_side(frames_of(240, 320), 120).shape == (2, 120, 160, 3)
-    assert resize_short_side(frames_of(320, 240), 120).shape == (2, 160, 120, 3)
+def test_the_short_side_is_scaled_in_proportion():
+    assert short_side_size(240, 320, 120) == (120, 160)
+    assert short_side_size(320, 240, 120) == (160, 120)
     same = frames_of(256, 340)
-    assert resize_short_side(same, 256).data_ptr() == same.data_ptr()
+    assert resize(same, *short_side_size(256, 340, 256)).data_ptr() == same.data_ptr()
 
 
 def test_evaluation_takes_the_center():
     frames = frames_of(64, 80)
-    out = torch.empty((2, 56, 56, 3), dtype=torch.uint8)
-    evaluation_clip(frames, out, short_side=64)
-    assert torch.equal(out, frames[:, 4:60, 12:68])
+    framing = evaluation_framing(64, 80, crop_size=56, short_side=64)
+    assert torch.equal(apply_framing(frames, framing), frames[:, 4:60, 12:68])
 
 
-@pytest.mark.parametrize("multi_scale_crop", [True, False])
-def test_a_training_clip_is_one_crop_of_all_frames(multi_scale_crop):
-    """Identical frames in, identical frames out: neither crop nor flip may differ within a clip."""
-    frame = frames_of(64, 80, num_frames=1)
-    frames = frame.expand(8, -1, -1, -1)
-    clips = set()
-    for seed in range(40):
-        out = torch.empty((8, 56, 56, 3), dtype=torch.uint8)
-        train_clip(
-            frames,
-            out,
-            short_side=64,
-            multi_scale_crop=multi_scale_crop,
-            horizontal_flip=True,
-            generator=np.random.default_rng(seed),
-        )
-        assert torch.equal(out, out[:1].expand_as(out))
-        clips.add(out.numpy().tobytes())
-    assert len(clips) > 20
-
-
-def test_flips_mirror_half_of_the_clips_and_only_where_allowed():
-    frames = frames_of(56, 56, num_frames=1)
-
-    def clip(seed: int, flip: bool) -> torch.Tensor:
-        out = torch.empty((1, 56, 56, 3), dtype=torch.uint8)
-        train_clip(
-            frames,
-            out,
-            short_side=56,
-            multi_scale_crop=False,
-            horizontal_flip=flip,
-            generator=np.random.default_rng(seed),
-        )
-        return out
-
-    assert all(torch.equal(clip(seed, False), frames) for seed in range(50))
-    mirrored = [torch.equal(clip(seed, True), frames.flip(2)) for seed in range(200)]
-    assert all(torch.equal(clip(seed, True), frames.flip(2) if m else frames) for seed, m in enumerate(mirrored))
-    assert 70 < sum(mirrored) < 130
+def test_pictures_of_another_size_than_the_manifests_are_refused():
+    framing = evaluation_framing(64, 80, crop_size=56, short_side=64)
+    with pytest.raises(DataError, match="its pictures are 64x80, the manifest says 80x64"):
+        apply_framing(frames_of(80, 64), framing)
 
 
 def test_random_crops_at_one_scale_reach_all_corners():
@@ -130,8 +87,8 @@ def test_random_crops_at_one_scale_reach_all_corners():
     places = set()
     generator = np.random.default_rng(0)
     for _ in range(400):
-        out = torch.empty((1, 8, 8, 3), dtype=torch.uint8)
-        train_clip(frames, out, short_side=10, multi_scale_crop=False, horizontal_flip=False, generator=generator)
+        framing = training_framing(10, 12, crop_size=8, short_side=10, multi_scale_crop=False, generator=generator)
+        out = apply_framing(frames, framing)
         matches = [
             (top, left)
             for top in range(3)
