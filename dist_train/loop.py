@@ -33,6 +33,7 @@ from dist_train.accounts import Accounts
 from dist_train.batch_norm import set_training, statistics_anew
 from dist_train.ema import WeightAverage
 from dist_train.evaluation import evaluate
+from dist_train.gradient_noise import GradientNoise
 from dist_train.ledger import rows
 from dist_train.optimizers import set_learning_rate
 from dist_train.phases import Batch, Phase, Prediction
@@ -63,6 +64,13 @@ class _Loop:
         self.run_, self.config, self.world = run, run.training, run.collectives.world
         self.progress = Progress()
         self.accounts = Accounts(run.collectives, run.ledger)
+        self.noise = GradientNoise(
+            run.task.phases,
+            run.collectives,
+            every_steps=self.config.noise_scale_every_steps if run.strategy.averages_gradients else 0,
+            batch_clips=self.config.batch_clips,
+            micro_batches=self.config.micro_batches,
+        )
         self.phases = run.strategy.prepare(run.task.phases)
         self.buffers = BufferAverage(run.task.phases, run.collectives)
         half_life = self.config.ema_half_life_clips
@@ -109,6 +117,7 @@ class _Loop:
             if saving or stopped:
                 self._save()
         self.accounts.close()
+        self.noise.close()
         return Outcome(
             step=progress.step,
             clips_seen=progress.clips_seen,
@@ -141,13 +150,17 @@ class _Loop:
             self.activity.phase = phase.name
             set_learning_rate(phase.optimizer, factor)
             phase.optimizer.zero_grad(set_to_none=True)
+            whole = counted is None or counted == config.batch_clips
+            self.noise.begins(phase, step, exchanges=run.strategy.exchanges and whole)
             for number, batch in enumerate(micro_batches, start=1):
                 parts = config.micro_batches if counted is None else counted / (len(batch) * self.world.world_size)
                 self._accumulate(phase, batch, losses, parts=parts, last=number == len(micro_batches))
+                self.noise.micro_batch_done()
             with ledger.row(rows.BACKWARD):
                 run.strategy.finish(phase)
             self.buffers.finish()
             with ledger.row(rows.OPTIMIZER):
+                self.noise.ends(phase)
                 if config.clip_gradient_norm > 0:
                     run.strategy.clip_gradients(phase, config.clip_gradient_norm)
                 run.strategy.optimizer_step(phase)
@@ -237,6 +250,8 @@ class _Loop:
                 "ledger": _seconds_a_step(spans),
                 **self.accounts.at_log(spans),
             }
+            if noise := self.noise.at_log():
+                metrics["noise_scale"] = {name: scale.figures() for name, scale in noise.items()}
             if figures := run.strategy.figures():
                 metrics["exchange"] = figures
             self._send(metrics)

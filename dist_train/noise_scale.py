@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass
 
 NUM_BLOCKS = 20
+_MAX_STEPS_A_BLOCK = 16
 _TWO_SIDED_95 = 1.96
 
 
@@ -33,12 +34,21 @@ class NoiseScale:
     num_steps: int
     """Steps it rests on."""
 
+    def figures(self) -> dict[str, float | int | None]:
+        """As JSON, which knows no infinity: None for it."""
+        ends = {"clips": self.clips, "low": self.low, "high": self.high}
+        return {name: value if math.isfinite(value) else None for name, value in ends.items()} | {
+            "num_steps": self.num_steps
+        }
+
 
 class NoiseScaleMeter:
-    """Collects the two norms of each step and gives the noise scale since it was made or last cleared.
+    """Collects the two norms of each step and gives the noise scale of the latest of them.
 
-    Memory is that of `NUM_BLOCKS` block sums: neighbouring blocks are merged as steps come in. The interval is by
-    Fieller's method for a ratio of means over the blocks, which holds where steps far apart are independent.
+    Memory: 2 `NUM_BLOCKS` block sums. Neighbouring blocks are merged as steps come in, up to 16 steps a block;
+    then the older half is forgotten, for the noise scale grows as training goes on: an estimate rests on the last 320
+    to 640 steps measured. The interval is by Fieller's method for a ratio of means over the blocks, which holds where
+    steps far apart are independent.
     """
 
     def __init__(self) -> None:
@@ -58,7 +68,9 @@ class NoiseScaleMeter:
         if not math.isfinite(gradient + noise):
             return
         if not self._blocks or self._blocks[-1][0] >= self._steps_a_block:
-            if len(self._blocks) == 2 * NUM_BLOCKS:
+            if len(self._blocks) == 2 * NUM_BLOCKS and self._steps_a_block == _MAX_STEPS_A_BLOCK:
+                del self._blocks[:NUM_BLOCKS]
+            elif len(self._blocks) == 2 * NUM_BLOCKS:
                 pairs = zip(self._blocks[::2], self._blocks[1::2], strict=True)
                 self._blocks = [[a + b for a, b in zip(one, other, strict=True)] for one, other in pairs]
                 self._steps_a_block *= 2

@@ -50,6 +50,8 @@ class TrainingConfig:
     """Average the weights with this half-life and evaluate the average; 0: do not."""
     evaluate_every_epochs: float = 1.0
     """Evaluate after each so many epochs; 0: only at the end."""
+    noise_scale_every_steps: int = 4
+    """Measure the gradient noise scale every so many steps, given several ranks or micro-batches; 0: never."""
     log_every_steps: int = 10
     """Losses are fetched, the ledger written, and a stop agreed at this interval."""
     seed: int = 0
@@ -73,6 +75,8 @@ class TrainingConfig:
         ):
             if not 0 <= getattr(self, name) < math.inf:
                 found.append(f"training.{name} is {getattr(self, name)}: use a finite number, 0 or more")
+        if self.noise_scale_every_steps < 0:
+            found.append(f"training.noise_scale_every_steps is {self.noise_scale_every_steps}: use 0 or more")
         if self.precise_batch_norm_clips > 0 and self.batch_norm == "frozen":
             found.append(
                 f"training.precise_batch_norm_clips is {self.precise_batch_norm_clips}, but training.batch_norm frozen "

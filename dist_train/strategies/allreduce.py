@@ -32,6 +32,7 @@ class FusedAllreduce(Replicated):
 
     def __init__(self, collectives: Collectives, config: ExchangeConfig) -> None:
         self._collectives, self._config = collectives, config
+        self.averages_gradients = config.reduction == "average"
         self._exchanges: dict[str, PhaseExchange] = {}
         self._lane: Lane | None = None
 

@@ -37,6 +37,9 @@ class Strategy(Protocol):
     exchanges: bool
     """False while each rank goes its own way (post-local SGD): then nothing else is averaged in a step either."""
 
+    averages_gradients: bool
+    """True where each rank holds the whole gradient, its own before the exchange and the mean over the ranks after."""
+
     def prepare(self, phases: Sequence[Phase]) -> list[Phase]:
         """Makes the ranks' parameters and buffers equal to rank 0's and returns the phases to train with."""
 
@@ -99,6 +102,7 @@ class Replicated:
     """What the strategies with a whole copy of the model on each rank have in common."""
 
     exchanges = True
+    averages_gradients = True
 
     def backward(self, phase: Phase, loss: torch.Tensor) -> None:  # noqa: ARG002
         """`loss.backward()`."""

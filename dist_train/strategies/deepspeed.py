@@ -39,6 +39,8 @@ ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim
 class ZeroStrategy(Replicated):
     """The strategies `zero1`, `zero2` and `zero3`; see the module. A world of one process shards nothing."""
 
+    averages_gradients = False  # they stay inside DeepSpeed
+
     def __init__(self, collectives: Collectives, config: ExchangeConfig) -> None:
         self.name: str = config.strategy
         self._stage = int(config.strategy.removeprefix("zero"))

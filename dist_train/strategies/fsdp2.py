@@ -34,6 +34,7 @@ class FullyShardedStrategy(Replicated):
     """The strategy `fsdp2`; see the module. In a world of one process it shards nothing."""
 
     name = "fsdp2"
+    averages_gradients = False  # a rank never holds the whole mean
 
     def __init__(self, collectives: Collectives, config: ExchangeConfig) -> None:  # noqa: ARG002
         self._collectives = collectives

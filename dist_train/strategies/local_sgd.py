@@ -35,6 +35,7 @@ class PostLocalSGD:
         self._phases: list[Phase] = []
         self._local_steps = 0  # since the copies were equal
         self.name = strategy.name
+        self.averages_gradients = strategy.averages_gradients
         self.exchanges = True
 
     def prepare(self, phases: Sequence[Phase]) -> list[Phase]:

@@ -41,9 +41,25 @@ def test_a_gradient_that_drowns_in_noise_has_no_upper_bound():
 
 
 def test_memory_is_bounded_and_every_whole_block_counts():
-    meter = _measure(noise=1.0, ranks=2, clips=2, steps=5_000, seed=2)
+    meter = _measure(noise=1.0, ranks=2, clips=2, steps=639, seed=2)
     assert len(meter._blocks) <= 2 * NUM_BLOCKS
-    assert 4_700 <= meter.estimate().num_steps <= 5_000
+    assert 620 <= meter.estimate().num_steps <= 639
+
+
+def test_what_was_long_ago_is_forgotten():
+    meter = _measure(noise=10.0, ranks=2, clips=2, steps=1_000, seed=2)
+    shares = np.ones((2, DIMENSIONS)) + np.random.default_rng(3).standard_normal((700, 2, DIMENSIONS)) / math.sqrt(2)
+    for share in shares:
+        meter.add(
+            small_square=float((share**2).sum(1).mean()),
+            big_square=float((share.mean(0) ** 2).sum()),
+            small_clips=2,
+            big_clips=4,
+        )
+    estimate = meter.estimate()
+    assert 320 <= estimate.num_steps <= 640
+    assert estimate.clips == pytest.approx(1.0, rel=0.1)
+    assert len(meter._blocks) <= 2 * NUM_BLOCKS
 
 
 def test_too_few_steps_give_no_estimate_and_a_gradient_that_is_not_finite_is_left_out():
