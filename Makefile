@@ -23,7 +23,7 @@ test-cluster: $(STAMP)
 
 cluster-packages:
 	apt-get update -q
-	apt-get install -q -y --no-install-recommends slurmctld slurmd slurm-client slurm-wlm-basic-plugins iproute2 libpmix-dev
+	apt-get install -q -y --no-install-recommends slurmctld slurmd slurm-client slurm-wlm-basic-plugins iproute2 libpmix-dev ffmpeg
 
 check: lint types test test-thorough wheel
 
@@ -45,7 +45,7 @@ wheel: $(STAMP)
 $(STAMP): setup.cfg constraints.txt
 	@echo "making $(VENV) and installing the pinned packages: one to two minutes, more on a slow line"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,mpi,deepspeed]' setuptools
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,mpi,deepspeed,http,s3,torchcodec]' setuptools
 	touch $(STAMP)
 
 clean:
