@@ -83,6 +83,22 @@ def evaluation_positions(num_samples: int, rank: int, world_size: int) -> range:
     return range(num_samples * rank // world_size, num_samples * (rank + 1) // world_size)
 
 
+def evaluation_requests(
+    num_samples: int, rank: int, world_size: int, batch_clips: int, *, pad: bool
+) -> list[tuple[int, int]]:
+    """(first position, clips) of each batch that `rank` evaluates.
+
+    Without `pad` the last batch is smaller where the rank's part does not divide, and a rank may get none. With it
+    every rank gets the same number of batches, all of `batch_clips`; what lies beyond the end of the rank's part only
+    fills up (`ManifestOrder(stop=...)` of `data_shards.sample_order`). Raises as `evaluation_positions` does.
+    """
+    part = evaluation_positions(num_samples, rank, world_size)
+    if not pad:
+        return [(start, min(batch_clips, part.stop - start)) for start in range(part.start, part.stop, batch_clips)]
+    longest = -(-num_samples // world_size)
+    return [(part.start + place, batch_clips) for place in range(0, longest, batch_clips)]
+
+
 def _block_shuffle(
     indices: np.ndarray, epochs: np.ndarray, seed: int, num_samples: int, block: int, window_blocks: int
 ) -> np.ndarray:

@@ -42,30 +42,37 @@ def derive_keys(*words: int | np.ndarray) -> np.ndarray:
     return keys
 
 
-def permute(indices: np.ndarray, size: int, *, keys: np.ndarray) -> np.ndarray:
+def permute(indices: np.ndarray, size: int | np.ndarray, *, keys: np.ndarray) -> np.ndarray:
     """Image of each index under the permutation of `range(size)` that its key names.
 
-    `indices`: 1-d integers in `range(size)`; `keys`: uint64, one for all or one an index. Returns int64. Indices with
-    equal keys are mapped by the same bijection. The loop runs about log2(len(indices)) times: a pass leaves at most
-    half of the elements outside (more below 32 elements).
+    `indices`: 1-d integers in `range(size)`; `keys` (uint64) and `size`: one for all or one an index; sizes up to
+    2**53. Returns int64. Indices with equal keys and sizes are mapped by the same bijection. The loop runs about
+    log2(len(indices)) times: a pass leaves at most half of the elements outside (more below 32 elements).
     """
-    limit = np.uint64(size)
-    image = _feistel(np.asarray(indices).astype(np.uint64), size, keys)
-    outside = np.flatnonzero(image >= limit)
+    limits = np.atleast_1d(np.asarray(size)).astype(np.uint64)
+    domain_bits = _domain_bits(limits)
+    image = _feistel(np.asarray(indices).astype(np.uint64), domain_bits, keys)
+    outside = np.flatnonzero(image >= limits)
     while outside.size:
-        walked = _feistel(image[outside], size, keys if keys.size == 1 else keys[outside])
+        rest = [words if words.size == 1 else words[outside] for words in (limits, domain_bits, keys)]
+        walked = _feistel(image[outside], rest[1], rest[2])
         image[outside] = walked
-        outside = outside[walked >= limit]
+        outside = outside[walked >= rest[0]]
     return image.astype(np.int64)
 
 
-def _feistel(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """One pass through the network on the power-of-two domain that holds `size`; overwrites and returns `values`."""
-    bits = max((size - 1).bit_length(), _MIN_DOMAIN_BITS)
-    low_bits = np.uint64(bits // 2)
+def _domain_bits(sizes: np.ndarray) -> np.ndarray:
+    """Bits of the power-of-two domain of each size (uint64 array, exact up to 2**53)."""
+    _, bits = np.frexp((sizes - np.uint64(1)).astype(np.float64))
+    return np.maximum(bits, _MIN_DOMAIN_BITS).astype(np.uint64)
+
+
+def _feistel(values: np.ndarray, domain_bits: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """One pass through the network on domains of 2**domain_bits elements; overwrites and returns `values`."""
+    low_bits = domain_bits // np.uint64(2)
     # The round function's best bits are its highest ones, so each half is cut from the top.
-    low_shift, high_shift = np.uint64(64 - bits // 2), np.uint64(64 - (bits - bits // 2))
-    low = values & np.uint64((1 << (bits // 2)) - 1)
+    low_shift, high_shift = np.uint64(64) - low_bits, np.uint64(64) - (domain_bits - low_bits)
+    low = values & ((np.uint64(1) << low_bits) - np.uint64(1))
     high = values >> low_bits
     for number, salt in enumerate(_ROUND_SALTS):
         mixed = (high if number % 2 else low) ^ (keys + salt)

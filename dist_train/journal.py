@@ -7,13 +7,15 @@ steps after its checkpoint: whatever an earlier attempt wrote at or after the la
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from dist_train.jsonlines import JsonLines, read_json_lines
+
+_CHUNK = 2**16  # positions that are looked up at a time
 
 
 class Journal:
@@ -70,22 +72,9 @@ def certify(run_dir: Path, *, num_samples: int, num_epochs: int) -> list[EpochCe
     Raises:
         ValueError: no journal in the folder.
     """
-    files = sorted((run_dir / "journal").glob("rank_*.jsonl"))
-    if not files:
-        raise ValueError(f"{run_dir} has no journal: give the folder of a run that has trained")
-    starts = {line["attempt"]: line["start"] for path in files for line in _attempts(path)}
     visits = np.zeros((num_epochs, num_samples), dtype=np.uint16)
-    for path in files:
-        limit = None
-        for line in read_json_lines(path):
-            if "attempt" in line:
-                limit = min((start for later, start in starts.items() if later > line["attempt"]), default=None)
-                continue
-            positions, samples = np.asarray(line["positions"]), np.asarray(line["samples"])
-            counted = positions < num_epochs * num_samples
-            if limit is not None:
-                counted &= positions < limit
-            np.add.at(visits, (positions[counted] // num_samples, samples[counted]), 1)
+    for positions, samples in _trained(run_dir, num_positions=num_epochs * num_samples):
+        np.add.at(visits, (positions // num_samples, samples), 1)
     return [
         EpochCertificate(
             epoch=epoch,
@@ -96,6 +85,89 @@ def certify(run_dir: Path, *, num_samples: int, num_epochs: int) -> list[EpochCe
         )
         for epoch, row in enumerate(visits)
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamCertificate:
+    """How a run's journals compare with the order of its samples, position by position."""
+
+    num_positions: int
+    """Positions of the stream at which something should have been trained on."""
+    num_dropped: int
+    """Of these, the ones that nothing was trained on at."""
+    num_repeated: int
+    """Surplus visits: visits minus distinct positions."""
+    num_others: int
+    """Visits of another sample than the order's, or at a position where there should have been none."""
+    visits: np.ndarray
+    """How often each sample was trained on; int64 [num_samples]."""
+
+    @property
+    def exact(self) -> bool:
+        """True when the order's sample was trained on exactly once at each position."""
+        return self.num_dropped == self.num_repeated == self.num_others == 0
+
+
+def certify_stream(
+    run_dir: Path, *, num_samples: int, num_positions: int, order: Callable[[np.ndarray], np.ndarray]
+) -> StreamCertificate:
+    """Reads all journals of a run and compares the first `num_positions` positions with the order of the samples.
+
+    For streams whose samples do not all come once in the same stretch (mixtures, balanced classes, tails). `order`:
+    positions (int64 [N]) to sample ids, -1 where nothing should be trained on. Memory: one byte a position.
+
+    Raises:
+        ValueError: no journal in the folder.
+    """
+    seen = np.zeros(num_positions, dtype=np.uint8)
+    visits = np.zeros(num_samples, dtype=np.int64)
+    num_repeated = num_others = 0
+    for positions, samples in _in_chunks(_trained(run_dir, num_positions=num_positions)):
+        num_others += int((order(positions) != samples).sum())
+        num_repeated += int(seen[positions].sum()) + len(positions) - len(np.unique(positions))
+        seen[positions] = 1
+        np.add.at(visits, samples, 1)
+    chunks = [np.arange(first, min(first + _CHUNK, num_positions)) for first in range(0, num_positions, _CHUNK)]
+    due = [order(chunk) >= 0 for chunk in chunks]
+    return StreamCertificate(
+        num_positions=sum(int(part.sum()) for part in due),
+        num_dropped=sum(int((part & (seen[chunk] == 0)).sum()) for part, chunk in zip(due, chunks, strict=True)),
+        num_repeated=num_repeated,
+        num_others=num_others,
+        visits=visits,
+    )
+
+
+def _trained(run_dir: Path, *, num_positions: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(positions, samples) below `num_positions` of each line that counts, not redone by a later attempt."""
+    files = sorted((run_dir / "journal").glob("rank_*.jsonl"))
+    if not files:
+        raise ValueError(f"{run_dir} has no journal: give the folder of a run that has trained")
+    starts = {line["attempt"]: line["start"] for path in files for line in _attempts(path)}
+    for path in files:
+        limit = num_positions
+        for line in read_json_lines(path):
+            if "attempt" in line:
+                later = (start for attempt, start in starts.items() if attempt > line["attempt"])
+                limit = min(later, default=num_positions)
+                continue
+            positions = np.asarray(line["positions"], dtype=np.int64)
+            counted = positions < min(limit, num_positions)
+            yield positions[counted], np.asarray(line["samples"], dtype=np.int64)[counted]
+
+
+def _in_chunks(lines: Iterator[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The same, at least `_CHUNK` visits at a time: looking up many positions takes little longer than one."""
+    positions, samples, size = [], [], 0
+    for of_line, ids in lines:
+        positions.append(of_line)
+        samples.append(ids)
+        size += len(ids)
+        if size >= _CHUNK:
+            yield np.concatenate(positions), np.concatenate(samples)
+            positions, samples, size = [], [], 0
+    if positions:
+        yield np.concatenate(positions), np.concatenate(samples)
 
 
 def _attempts(path: Path) -> Iterator[dict[str, int]]:

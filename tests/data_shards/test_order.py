@@ -117,6 +117,7 @@ def test_the_order_of_a_seed_never_changes():
     assert epoch_order(0, **blocks) == GOLDEN_BLOCKS
     far = sample_at(np.array([0, 10**9 - 1, 10**11]), seed=-1, num_samples=10**9)
     assert far.tolist() == GOLDEN_FAR
+    assert sample_at(np.arange(8), seed=0, num_samples=2**16).tolist() == GOLDEN_POWER_OF_TWO
 
 
 def test_epochs_and_seeds_have_different_orders():
@@ -194,3 +195,4 @@ GOLDEN_FIRST_EPOCH = [2, 9, 1, 6, 0, 7, 5, 8, 3, 4]
 GOLDEN_SECOND_EPOCH = [6, 4, 2, 3, 0, 8, 5, 7, 1, 9]
 GOLDEN_BLOCKS = [8, 7, 9, 10, 12, 11, 13, 3, 0, 1, 4, 2, 5, 6]
 GOLDEN_FAR = [486734721, 777988965, 143509909]
+GOLDEN_POWER_OF_TWO = [61941, 327, 21056, 61619, 59662, 36145, 45293, 11168]
