@@ -17,7 +17,7 @@ import json
 import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,18 @@ import numpy as np
 from data_shards.durable import write_atomically
 from data_shards.errors import DataError, ManifestError
 from data_shards.forms.base import Form
+from data_shards.manifest_header import (
+    FORMAT,
+    MANIFEST_NAME,
+    PACK_AGAIN,
+    VERSION,
+    Shard,
+    check_header,
+    first_samples,
+    shards_of,
+)
+from data_shards.storage.base import StorageConfig
+from data_shards.storage.urls import is_url
 
 __all__ = [
     "FORMAT",
@@ -42,11 +54,7 @@ __all__ = [
     "write_manifest",
 ]
 
-FORMAT = "reelscale-manifest"
-VERSION = 1
-MANIFEST_NAME = "manifest.json"
 SAMPLES_NAME = "samples.npy"
-_PACK_AGAIN = "pack the set again with `reelscale pack`"
 
 
 def samples_dtype(key_bytes: int) -> np.dtype[np.void]:
@@ -67,20 +75,6 @@ def samples_dtype(key_bytes: int) -> np.dtype[np.void]:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """One tar of a split."""
-
-    name: str
-    """File name in the split's folder."""
-    num_samples: int
-    """Samples in the tar."""
-    num_bytes: int
-    """Size of the tar in bytes."""
-    first_sample: int
-    """Sample id of its first sample; a shard's samples are consecutive."""
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Manifest:
     """A packed split, opened: sample ids are 0 ... len(manifest) - 1.
@@ -89,7 +83,7 @@ class Manifest:
     """
 
     root: Path
-    """Folder of the split."""
+    """Folder of the split; of a remote one, the folder on this node with the copy of its manifest."""
     split: str
     """Name of the split: "train", "val", "test"."""
     classes: tuple[str, ...]
@@ -100,12 +94,21 @@ class Manifest:
     """Rows of `samples_dtype`, memory-mapped and read-only."""
     form: Form = "video"
     """How the samples are stored."""
+    url: str | None = None
+    """Where the shards of a remote split are ("s3://bucket/set/train"); None where they are in `root`."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """How the shards are read."""
+
+    @property
+    def location(self) -> str:
+        """Folder or URL of the shards."""
+        return self.url or str(self.root)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open_unchecked, (self.root,)
+        return _open_again, (self.root, self.url, self.storage)
 
     def key(self, sample_id: int) -> str:
         """Key of a sample: the name of its tar members before the first dot."""
@@ -118,32 +121,51 @@ class Manifest:
         return self.classes[label]
 
     def shard_path(self, sample_id: int) -> Path:
-        """Path of the tar that holds a sample."""
+        """Path of the tar that holds a sample; ValueError for a remote split, whose tars have none."""
+        if self.url is not None:
+            raise ValueError(f"{self.url} is remote, its shards have no path: read them with `ShardReader`")
         return self.root / self.shards[self.samples["shard"][sample_id]].name
 
     def describe(self, sample_id: int) -> str:
         """ "shard-000003.tar:KEY", for messages about a sample."""
-        return f"{self.shard_path(sample_id).name}:{self.key(sample_id)}"
+        return f"{self.shards[self.samples['shard'][sample_id]].name}:{self.key(sample_id)}"
 
 
-def open_manifest(folder: str | os.PathLike[str], *, check_shards: bool = True) -> Manifest:
-    """Open the packed split in `folder`.
+def open_manifest(
+    folder: str | os.PathLike[str], *, check_shards: bool = True, storage: StorageConfig | None = None
+) -> Manifest:
+    """Open the packed split in `folder`, or at a URL ("s3://bucket/set/train") that `storage` says how to read.
 
+    A remote split's manifest is copied to this node once, by one of its processes (`data_shards.remote_manifest`).
     With `check_shards` the checksum of `samples.npy` and the presence and size of each tar are checked too
     (no tar is read); turn it off in the worker processes of a process that has checked.
 
     Raises:
         ManifestError: one line, if the folder is absent, is no packed split, or is damaged, or if a shard is
             missing or its size is not the manifest's.
+        OSError: the network does not give a remote manifest, after retries.
     """
+    storage = storage or StorageConfig()
+    if is_url(folder):
+        from data_shards.remote_manifest import open_remote  # it opens its copy with what is in this module
+
+        return open_remote(os.fspath(folder), storage, check_shards=check_shards)
     root = Path(folder)
     header = _read_header(root)
-    shards = _shards_of(root, header)
+    shards = shards_of(header, root / MANIFEST_NAME)
     samples = _map_samples(root, header)
     if check_shards:
-        _check_samples(root, header, shards, samples)
+        check_samples(root, header, shards, samples)
         _check_shard_files(root, shards)
-    return Manifest(root=root, split=header["split"], classes=tuple(header["classes"]), shards=shards, samples=samples)
+    return Manifest(
+        root=root,
+        split=header["split"],
+        classes=tuple(header["classes"]),
+        shards=shards,
+        samples=samples,
+        form=header["form"],
+        storage=storage,
+    )
 
 
 def write_manifest(
@@ -153,6 +175,7 @@ def write_manifest(
     classes: Sequence[str],
     shards: Sequence[Shard],
     samples: np.ndarray[Any, np.dtype[np.void]],
+    form: Form = "video",
 ) -> None:
     """Write `samples.npy` and then `manifest.json` into `folder`, each aside, fsynced and renamed.
 
@@ -162,7 +185,7 @@ def write_manifest(
     root = Path(folder)
     assert len(samples) > 0, "a split without samples is not written"
     assert samples.dtype == samples_dtype(samples.dtype["key"].itemsize), samples.dtype
-    assert [shard.first_sample for shard in shards] == _first_samples(shards), shards
+    assert [shard.first_sample for shard in shards] == first_samples(shards), shards
     assert sum(shard.num_samples for shard in shards) == len(samples), (shards, len(samples))
     assert samples["label"].min() >= 0, samples["label"].min()
     assert samples["label"].max() < len(classes), (samples["label"].max(), classes)
@@ -176,17 +199,18 @@ def write_manifest(
         "format": FORMAT,
         "version": VERSION,
         "split": split,
+        "form": form,
         "classes": list(classes),
         "num_samples": len(samples),
         "shards": [asdict(shard) for shard in shards],
-        "samples_crc32": _crc32_of_file(root / SAMPLES_NAME),
+        "samples_crc32": crc32_of_file(root / SAMPLES_NAME),
         "created_by": _created_by(),
     }
     write_atomically(root / MANIFEST_NAME, (json.dumps(header, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def _open_unchecked(root: Path) -> Manifest:
-    return open_manifest(root, check_shards=False)
+def _open_again(root: Path, url: str | None, storage: StorageConfig) -> Manifest:
+    return replace(open_manifest(root, check_shards=False, storage=storage), url=url)
 
 
 def _created_by() -> str:
@@ -196,11 +220,6 @@ def _created_by() -> str:
         return "reelscale"
 
 
-def _first_samples(shards: Sequence[Shard]) -> list[int]:
-    counts = [0, *(shard.num_samples for shard in shards)]
-    return np.cumsum(counts)[:-1].tolist()
-
-
 def _read_header(root: Path) -> dict[str, Any]:
     path = root / MANIFEST_NAME
     if not root.is_dir():
@@ -208,79 +227,41 @@ def _read_header(root: Path) -> dict[str, Any]:
         raise ManifestError(f"{root} {what}; give the folder of a packed split, such as DST/train")
     if not path.is_file():
         splits = sorted(found.parent.name for found in root.glob(f"*/{MANIFEST_NAME}"))
-        hint = f"it holds the splits {', '.join(splits)}: give one of them" if splits else _PACK_AGAIN
+        hint = f"it holds the splits {', '.join(splits)}: give one of them" if splits else PACK_AGAIN
         raise ManifestError(f"{root} is not a packed split (it has no {MANIFEST_NAME}); {hint}")
-    try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ManifestError(f"{path} is damaged ({error}); {_PACK_AGAIN}") from None
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ManifestError(f'{path} is not a manifest of reelscale (no "format": "{FORMAT}"); {_PACK_AGAIN}')
-    if header.get("version") != VERSION:
-        raise ManifestError(
-            f"{path} has version {header.get('version')!r}, this reelscale reads version {VERSION}; "
-            f"update reelscale, or {_PACK_AGAIN}"
-        )
-    kinds = {"split": str, "classes": list, "num_samples": int, "shards": list, "samples_crc32": int}
-    for name, kind in kinds.items():
-        value = header.get(name)
-        if not isinstance(value, kind):
-            raise ManifestError(f'{path} is damaged ("{name}" is {value!r:.60}, not {kind.__name__}); {_PACK_AGAIN}')
-    if not all(isinstance(name, str) for name in header["classes"]):
-        raise ManifestError(f'{path} is damaged ("classes" holds what is not a string); {_PACK_AGAIN}')
-    return header
-
-
-def _shards_of(root: Path, header: dict[str, Any]) -> tuple[Shard, ...]:
-    path = root / MANIFEST_NAME
-    shards = []
-    for index, fields in enumerate(header["shards"]):
-        try:
-            shard = Shard(**fields)
-        except TypeError as error:
-            raise ManifestError(f"{path} is damaged (shard {index}: {error}); {_PACK_AGAIN}") from None
-        numbers = (shard.num_samples, shard.num_bytes, shard.first_sample)
-        if not isinstance(shard.name, str) or not all(type(number) is int for number in numbers):
-            raise ManifestError(f"{path} is damaged (shard {index} is {fields!r:.120}); {_PACK_AGAIN}")
-        shards.append(shard)
-    total = sum(shard.num_samples for shard in shards)
-    if total != header["num_samples"] or [shard.first_sample for shard in shards] != _first_samples(shards):
-        raise ManifestError(
-            f"{path} is damaged (its {len(shards)} shards count {total} samples, "
-            f'"num_samples" is {header["num_samples"]}); {_PACK_AGAIN}'
-        )
-    return tuple(shards)
+    return check_header(path.read_bytes(), path)
 
 
 def _map_samples(root: Path, header: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.void]]:
     path = root / SAMPLES_NAME
     if not path.is_file():
-        raise ManifestError(f"{path} is missing; {_PACK_AGAIN}")
+        raise ManifestError(f"{path} is missing; {PACK_AGAIN}")
     try:
         mapped = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, EOFError) as error:
         reason = str(error).splitlines()[0]
-        raise ManifestError(f"{path} is damaged or cut ({reason}); {_PACK_AGAIN}") from None
+        raise ManifestError(f"{path} is damaged or cut ({reason}); {PACK_AGAIN}") from None
     fields: Any = mapped.dtype.fields or {}
     key_type = fields["key"][0] if "key" in fields else None
     if mapped.ndim != 1 or key_type is None or mapped.dtype != samples_dtype(key_type.itemsize):
-        raise ManifestError(f"{path} does not hold the fields of a manifest ({mapped.dtype}); {_PACK_AGAIN}")
+        raise ManifestError(f"{path} does not hold the fields of a manifest ({mapped.dtype}); {PACK_AGAIN}")
     if len(mapped) != header["num_samples"]:
         raise ManifestError(
-            f"{path} holds {len(mapped)} samples, {MANIFEST_NAME} says {header['num_samples']}; {_PACK_AGAIN}"
+            f"{path} holds {len(mapped)} samples, {MANIFEST_NAME} says {header['num_samples']}; {PACK_AGAIN}"
         )
     return mapped.view(np.ndarray)  # still mapped and read-only; rows are cheaper to take than a memmap's
 
 
-def _check_samples(
+def check_samples(
     root: Path, header: dict[str, Any], shards: tuple[Shard, ...], samples: np.ndarray[Any, np.dtype[np.void]]
 ) -> None:
+    """Raise ManifestError where the rows in `root` are not those that the header was written with."""
     path = root / SAMPLES_NAME
-    found = _crc32_of_file(path)
+    found = crc32_of_file(path)
     if found != header["samples_crc32"]:
         raise ManifestError(
             f"{path} does not belong to its {MANIFEST_NAME}, or is damaged "
-            f"(crc32 {found}, expected {header['samples_crc32']}); {_PACK_AGAIN}"
+            f"(crc32 {found}, expected {header['samples_crc32']}); {PACK_AGAIN}"
         )
     ends = np.array([shard.num_bytes for shard in shards], np.uint64)
     whole = bool((samples["label"] >= 0).all() and (samples["label"] < len(header["classes"])).all())
@@ -289,7 +270,7 @@ def _check_samples(
     whole = whole and bool((samples["offset"] + samples["size"] <= ends[samples["shard"]]).all())
     if not whole:
         raise ManifestError(
-            f"{path} names a label, a shard or an offset that {MANIFEST_NAME} does not have; {_PACK_AGAIN}"
+            f"{path} names a label, a shard or an offset that {MANIFEST_NAME} does not have; {PACK_AGAIN}"
         )
 
 
@@ -299,15 +280,16 @@ def _check_shard_files(root: Path, shards: tuple[Shard, ...]) -> None:
         try:
             num_bytes = path.stat().st_size
         except FileNotFoundError:
-            raise ManifestError(f"{path} is missing, {MANIFEST_NAME} names it; {_PACK_AGAIN}") from None
+            raise ManifestError(f"{path} is missing, {MANIFEST_NAME} names it; {PACK_AGAIN}") from None
         if num_bytes != shard.num_bytes:
             raise ManifestError(
                 f"{path} has {num_bytes} bytes, {MANIFEST_NAME} says {shard.num_bytes}: "
-                f"the tar was cut or replaced; copy it again, or {_PACK_AGAIN}"
+                f"the tar was cut or replaced; copy it again, or {PACK_AGAIN}"
             )
 
 
-def _crc32_of_file(path: Path) -> int:
+def crc32_of_file(path: Path) -> int:
+    """zlib.crc32 of a file's bytes."""
     crc = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):

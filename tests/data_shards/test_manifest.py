@@ -117,7 +117,9 @@ def test_a_manifest_of_another_version_is_refused(manifest: Manifest):
 @pytest.mark.parametrize(
     ("field", "value"),
     [("split", 3), ("classes", "ab"), ("classes", [1]), ("num_samples", "5"), ("shards", None), ("shards", [{}]),
-     ("samples_crc32", None), ("shards", [{"name": "a", "num_samples": "5", "num_bytes": 1, "first_sample": 0}])],
+     ("samples_crc32", None), ("shards", [{"name": "a", "num_samples": "5", "num_bytes": 1, "first_sample": 0}]),
+     ("shards", [{"name": "a", "num_samples": 5, "num_bytes": -1, "first_sample": 0}]),
+     ("shards", [{"name": "a", "num_samples": 5, "num_bytes": 2**70, "first_sample": 0}])],
 )  # fmt: skip
 def test_a_field_of_the_wrong_kind_is_named(manifest: Manifest, field: str, value: object):
     rewrite(manifest, **{field: value})
