@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 
+from data_shards.decoding.pixels import RgbFrames
 from data_shards.errors import DataError
 from data_shards.forms.base import DecodedFrames
 from data_shards.framing import Framing
@@ -29,7 +29,6 @@ class Video:
 
     def __init__(self, payload: bytes) -> None:
         self._index = index_packets(payload)
-        self._reformatter = VideoReformatter()
         # A file without usable timestamps (some AVI) tells its frames only by decoding them all, in order.
         self._all_frames = None if self._index.pts else self._decode_all()
 
@@ -38,46 +37,46 @@ class Video:
         """Frames shown from start to end."""
         return len(self._index.shown) if self._all_frames is None else len(self._all_frames)
 
-    def decode(
-        self,
-        frame_numbers: Sequence[int] | np.ndarray,
-        framing: Framing | None = None,  # noqa: ARG002 (see `FrameSource`)
-    ) -> DecodedFrames:
+    def decode(self, frame_numbers: Sequence[int] | np.ndarray, framing: Framing | None = None) -> DecodedFrames:
         """Decode frames 0 <= number < `num_frames`, in the order given; a number may repeat.
+
+        With a `framing` that cuts a box out of pictures at their own size, the cut and the scaling are done here, and
+        only the box becomes RGB; the pixels are those of `apply_framing` on whole pictures, bit for bit.
 
         Raises DataError where a wanted frame cannot be decoded, ValueError for a number that does not exist.
         """
         numbers = [int(number) for number in frame_numbers]
         if not numbers or min(numbers) < 0 or max(numbers) >= self.num_frames:
             raise ValueError(f"frames {numbers} were asked of a video with frames 0 to {self.num_frames - 1}")
-        if self._all_frames is not None:
-            found, frames_decoded = self._all_frames, len(self._all_frames)
+        wanted = RgbFrames(numbers, framing)
+        if self._all_frames is None:
+            frames_decoded = self._decode_wanted(wanted)
         else:
-            found, frames_decoded = self._decode_wanted(sorted(set(numbers)))
-        clip = self._to_rgb([found[number] for number in numbers])
-        return DecodedFrames(frames=clip, frames_decoded=frames_decoded)
+            frames_decoded = len(self._all_frames)
+            for number in sorted(wanted.missing):
+                wanted.put(number, self._all_frames[number])
+        frames, framed = wanted.finish()
+        return DecodedFrames(frames=frames, frames_decoded=frames_decoded, framed=framed)
 
-    def _decode_wanted(self, wanted: list[int]) -> tuple[dict[int, av.VideoFrame], int]:
-        """Frames by their numbers, and how many the decoder put out."""
+    def _decode_wanted(self, wanted: RgbFrames) -> int:
+        """Decode the wanted frames; returns how many the decoder put out."""
         index = self._index
-        by_pts = {index.pts[index.shown[number]]: number for number in wanted}
-        found: dict[int, av.VideoFrame] = {}
+        numbers = sorted(wanted.missing)
+        by_pts = {index.pts[index.shown[number]]: number for number in numbers}
         frames_decoded = 0
-        for run in plan_runs(index, wanted):
-            frames_decoded += self._decode_run(run, by_pts, found, drop_unreferenced=True)
-        if len(found) < len(by_pts):
+        for run in plan_runs(index, numbers):
+            frames_decoded += self._decode_run(run, by_pts, wanted, drop_unreferenced=True)
+        if wanted.missing:
             # The container marked a packet as a starting point that the decoder does not accept: start from the top.
             everything = Run(start=0, stop=len(index.packets))
-            frames_decoded += self._decode_run(everything, by_pts, found, drop_unreferenced=False)
-        missing = [number for number in wanted if number not in found]
-        if missing:
-            raise DataError(f"frame {missing[0]} of {self.num_frames} cannot be decoded, the video is damaged")
-        return found, frames_decoded
+            frames_decoded += self._decode_run(everything, by_pts, wanted, drop_unreferenced=False)
+        if wanted.missing:
+            number = min(wanted.missing)
+            raise DataError(f"frame {number} of {self.num_frames} cannot be decoded, the video is damaged")
+        return frames_decoded
 
-    def _decode_run(
-        self, run: Run, by_pts: dict[int, int], found: dict[int, av.VideoFrame], *, drop_unreferenced: bool
-    ) -> int:
-        """Decode one run into `found` (keyed by frame number); returns how many frames came out."""
+    def _decode_run(self, run: Run, by_pts: dict[int, int], wanted: RgbFrames, *, drop_unreferenced: bool) -> int:
+        """Decode one run, keeping the frames in `by_pts`; returns how many frames came out."""
         index, decoder = self._index, self._index.decoder
         length_bytes = _nal_length_bytes(index) if drop_unreferenced else 0
         frames_decoded = 0
@@ -98,13 +97,13 @@ class Video:
                 continue  # a damaged picture: an error only if a wanted frame is then missing
             frames_decoded += len(frames)
             for frame in frames:
-                wanted = None if frame.pts is None else by_pts.get(frame.pts)
-                if wanted is not None and not frame.is_corrupt:
-                    found[wanted] = frame
+                frame_number = None if frame.pts is None else by_pts.get(frame.pts)
+                if frame_number is not None and not frame.is_corrupt:
+                    wanted.put(frame_number, frame)
         decoder.flush_buffers()
         return frames_decoded
 
-    def _decode_all(self) -> dict[int, av.VideoFrame]:
+    def _decode_all(self) -> list[av.VideoFrame]:
         frames: list[av.VideoFrame] = []
         packets = self._index.packets
         for number in range(len(packets) + 1):
@@ -114,26 +113,7 @@ class Video:
                 raise DataError(f"the video cannot be decoded ({describe_av_error(error)})") from error
         if not frames:
             raise DataError("the video has no frame that can be decoded")
-        return dict(enumerate(frames))
-
-    def _to_rgb(self, frames: list[av.VideoFrame]) -> np.ndarray:
-        """RGB uint8 (T, H, W, 3); frames of one size, turned upright."""
-        first = frames[0]
-        height, width = first.height, first.width
-        clip = np.empty((len(frames), height, width, 3), dtype=np.uint8)
-        for frame, target in zip(frames, clip, strict=True):
-            if (frame.height, frame.width) != (height, width):
-                raise DataError(
-                    f"the frame size changes within the video, from {width}x{height} to {frame.width}x{frame.height}"
-                )
-            # One thread: swscale would start one a core for each frame, at many times the cost of the conversion.
-            plane = self._reformatter.reformat(frame, format="rgb24", threads=1).planes[0]
-            rows = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)
-            target[...] = rows[:height, : width * 3].reshape(height, width, 3)
-        quarter_turns = round(first.rotation / 90) % 4
-        if quarter_turns:
-            clip = np.ascontiguousarray(np.rot90(clip, quarter_turns, axes=(1, 2)))
-        return clip
+        return frames
 
 
 def _nal_length_bytes(index: PacketIndex) -> int:

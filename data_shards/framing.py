@@ -6,11 +6,12 @@ Layout legend: T frames, H height, W width, C = 3 channels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-import torch.nn.functional as F
+from typing import TYPE_CHECKING
 
 from data_shards.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +64,11 @@ def apply_framing(frames: torch.Tensor, framing: Framing) -> torch.Tensor:
     return resize(crop(scaled, framing.box), framing.size, framing.size)
 
 
+def cuts_first(framing: Framing) -> bool:
+    """True where the box is cut out of pictures at their own size, so that nothing else of them need be made."""
+    return (framing.height, framing.width) == (framing.scaled_height, framing.scaled_width)
+
+
 def crop(frames: torch.Tensor, box: CropBox) -> torch.Tensor:
     """The rectangle `box` of each frame: a view (T, H, W, C)."""
     return frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
@@ -72,7 +78,9 @@ def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """`frames` (uint8 THWC) at another size: bilinear with antialiasing (as PIL's), a view where nothing changes."""
     if frames.shape[1:3] == (height, width):
         return frames
-    resized = F.interpolate(
+    from torch.nn.functional import interpolate  # here, as in `decoding`: packing does without PyTorch's seconds
+
+    resized = interpolate(
         frames.permute(0, 3, 1, 2), size=(height, width), mode="bilinear", antialias=True, align_corners=False
     )
     return resized.permute(0, 2, 3, 1)

@@ -88,7 +88,7 @@ def _read_movie(view: memoryview) -> Mp4Packets:
     movie_header = _only(movie, b"mvhd")
     _require(b"moof" not in top)
     _require(_header_matrix(movie_header, (36, 48)) == _IDENTITY_MATRIX)
-    for track_view in movie[b"trak"]:
+    for track_view in movie.get(b"trak", ()):
         track = _boxes(track_view)
         media = _boxes(_only(track, b"mdia"))
         if bytes(_only(media, b"hdlr")[8:12]) == b"vide":

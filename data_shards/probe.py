@@ -15,8 +15,10 @@ import av.container
 
 from data_shards.decode import Video
 from data_shards.errors import DataError
+from data_shards.forms.frames_file import FramesFile
+from data_shards.forms.payload import MemoryPayload
 
-__all__ = ["VideoInfo", "probe_video"]
+__all__ = ["VideoInfo", "probe_frames", "probe_video"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,19 @@ def probe_video(payload: bytes) -> VideoInfo:
         fps=fps,
         rotation_degrees=rotation_degrees,
     )
+
+
+def probe_frames(payload: bytes) -> VideoInfo:
+    """Describe `payload`, a whole frames file: check every frame's checksum, decode the first and the last.
+
+    Raises:
+        DataError: the reason in one line, without the file's name.
+    """
+    file = FramesFile(MemoryPayload(payload))
+    file.read(range(file.num_frames))
+    file.decode([0, file.num_frames - 1])
+    table = file.table
+    return VideoInfo(num_frames=len(table), width=table.width, height=table.height, fps=table.fps, rotation_degrees=0)
 
 
 def _examine(payload: bytes) -> tuple[float, int]:

@@ -37,8 +37,8 @@ class FrameSource(Protocol):
         """Decode frames 0 <= number < `num_frames`, in the order given; a number may repeat.
 
         Args:
-            framing: what will be made of the pictures; a source may do it itself, with the same result within the
-                rounding of its scaler (`DecodedFrames.framed`).
+            framing: what will be made of the pictures; a source may do it itself (`DecodedFrames.framed`), with the
+                pixels of `apply_framing`, bit for bit, unless it was told to be fast instead.
 
         Raises DataError where a wanted frame cannot be decoded, ValueError for a number that does not exist.
         """

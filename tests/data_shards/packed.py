@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from data_shards.errors import DataError
+from data_shards.forms.base import Form
 from data_shards.manifest import Manifest, Shard, open_manifest, samples_dtype, write_manifest
-from data_shards.probe import probe_video
+from data_shards.probe import probe_frames, probe_video
 
 
 def make_split(
@@ -21,8 +22,9 @@ def make_split(
     labels: Sequence[int] | None = None,
     samples_per_shard: int = 8,
     split: str = "train",
+    form: Form = "video",
 ) -> Manifest:
-    """Pack `videos` (key -> file content) into `folder`; labels count 0, 1, 2, 0, ... unless given."""
+    """Pack `videos` (key -> member content) into `folder`; labels count 0, 1, 2, 0, ... unless given."""
     folder.mkdir(parents=True, exist_ok=True)
     keys = list(videos)
     labels = [number % 3 for number in range(len(keys))] if labels is None else labels
@@ -34,14 +36,15 @@ def make_split(
         with tarfile.open(folder / name, "w") as tar:
             for sample_id in members:
                 key, payload = keys[sample_id], videos[keys[sample_id]]
-                _add(tar, f"{key}.mp4", payload)
+                _add(tar, key + (".mp4" if form == "video" else ".frames"), payload)
                 assert tar.fileobj is not None
                 padding = -len(payload) % 512
                 samples[sample_id]["offset"] = tar.fileobj.tell() - padding - len(payload)
                 samples[sample_id]["size"] = len(payload)
                 samples[sample_id]["crc32"] = zlib.crc32(payload)
                 samples[sample_id]["shard"] = len(shards)
-                samples[sample_id]["width"], samples[sample_id]["height"] = _size(payload)
+                for field, value in _facts(payload, form).items():
+                    samples[sample_id][field] = value
                 samples[sample_id]["label"] = labels[sample_id]
                 samples[sample_id]["key"] = key.encode()
                 _add(tar, f"{key}.cls", str(labels[sample_id]).encode())
@@ -49,17 +52,17 @@ def make_split(
         size = (folder / name).stat().st_size
         shards.append(Shard(name=name, num_samples=len(members), num_bytes=size, first_sample=first))
     classes = [f"class{label}" for label in range(max(labels) + 1)]
-    write_manifest(folder, split=split, classes=classes, shards=shards, samples=samples)
+    write_manifest(folder, split=split, classes=classes, shards=shards, samples=samples, form=form)
     return open_manifest(folder)
 
 
-def _size(payload: bytes) -> tuple[int, int]:
-    """(width, height) of a video; 1 x 1 for other bytes."""
+def _facts(payload: bytes, form: Form) -> dict[str, float]:
+    """What the manifest says of a sample; 1 x 1 for bytes that are no sample."""
     try:
-        info = probe_video(payload)
+        info = probe_video(payload) if form == "video" else probe_frames(payload)
     except DataError:
-        return 1, 1
-    return info.width, info.height
+        return {"width": 1, "height": 1}
+    return {"width": info.width, "height": info.height, "num_frames": info.num_frames, "fps": info.fps}
 
 
 def damage(manifest: Manifest, sample_id: int) -> None:

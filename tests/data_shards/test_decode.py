@@ -3,6 +3,7 @@
 import io
 import random
 import wave
+from contextlib import suppress
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -312,3 +313,19 @@ def test_an_edit_that_hides_frames_is_left_to_ffmpeg(hide):
     reference = decode_everything(cut)
     assert len(reference) < 32
     check_subsets(cut, reference)
+
+
+@pytest.mark.parametrize("name", ["b_frames", "open_gop", "hevc_open_gop", "vp9", "mpeg4_in_avi", "fragmented"])
+def test_any_damage_ends_in_frames_or_a_data_error(name):
+    payload, _ = video(name)
+    for seed in range(20):
+        generator = random.Random(seed)
+        broken = bytearray(payload)
+        for _ in range(generator.choice([1, 5, 50, 500])):
+            broken[generator.randrange(len(broken))] = generator.randrange(256)
+        if seed % 4 == 0:
+            del broken[generator.randrange(len(broken)) :]
+        with suppress(DataError):
+            opened = Video(bytes(broken))
+            numbers = [0, opened.num_frames // 2, opened.num_frames - 1]
+            assert len(opened.decode(numbers).frames) == 3
