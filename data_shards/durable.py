@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["beside", "folder_written_aside", "fsync_folder", "refuse_existing", "write_atomically"]
+__all__ = ["beside", "folder_written_aside", "fsync_folder", "lock_folder", "refuse_existing", "write_atomically"]
 
 _MARKER = ".reelscale-partial"  # only a folder with it is ever cleaned away
 
@@ -52,7 +52,7 @@ def folder_written_aside(folder: Path) -> Iterator[Path]:
     partial.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        _lock(descriptor, folder, partial)
+        lock_folder(descriptor, folder, partial)
         _clean(partial)
         (partial / _MARKER).touch()
         try:
@@ -89,7 +89,11 @@ def refuse_existing(folder: Path) -> None:
         raise ValueError(f"{folder} exists and is not empty; remove it, or choose another name")
 
 
-def _lock(descriptor: int, folder: Path, partial: Path) -> None:
+def lock_folder(descriptor: int, folder: Path, partial: Path) -> None:
+    """Hold `partial`, open as `descriptor`, for this process alone while it writes `folder`.
+
+    Raises RuntimeError where another process holds it.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-__all__ = ["Progress", "num_usable_cpus", "ordered_map"]
+__all__ = ["Progress", "num_usable_cpus", "ordered_map", "start_worker"]
 
 Progress = Callable[[int, int], None]
 """Called as progress(done, total) in the process that asked for the work."""
@@ -54,7 +54,7 @@ def ordered_map(
                 progress(done, total)
         return
     chunks = iter([tasks[start : start + chunk] for start in range(0, total, chunk)])
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver"), initializer=_start_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver"), initializer=start_worker)
     pending: deque[Future[list[Result]]] = deque()
     done = 0
     try:
@@ -81,7 +81,8 @@ def _run_chunk(function: Callable[[Task], Result], tasks: Sequence[Task]) -> lis
     return [function(task) for task in tasks]
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
+    """What a worker process does first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""Writes samples into WebDataset tars and notes where each payload lies."""
+"""Writes samples into a WebDataset tar and notes where each payload lies."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, Self
 
-import numpy as np
-
-from data_shards.manifest import Shard, samples_dtype
+from data_shards.durable import fsync_folder
 from data_shards.probe import VideoInfo
 
-__all__ = ["MAX_PAYLOAD_BYTES", "ShardWriter", "sample_keys"]
+__all__ = ["MAX_PAYLOAD_BYTES", "ShardWriter", "sample_keys", "stored_bytes"]
 
 MAX_PAYLOAD_BYTES = 8**11 - 1  # what the header of a plain tar (USTAR) can state: 8 GiB
-_MAX_KEY_BYTES = 100 - len(".mpeg")  # a member's name in a plain tar has 100 bytes
+_MAX_KEY_BYTES = 100 - len(".frames")  # a member's name in a plain tar has 100 bytes
 _HASH_CHARACTERS = 8
 
 
@@ -41,7 +39,7 @@ def sample_keys(names: Sequence[str]) -> list[str]:
     twice = next((key for key, count in Counter(keys).items() if count > 1), None)
     if twice is not None:
         same = [name for key, name in zip(keys, names, strict=True) if key == twice]
-        raise ValueError(f"two videos come to the same key {twice}: {same[0]!r} and {same[1]!r}; rename one")
+        raise ValueError(f"two samples come to the same key {twice}: {same[0]!r} and {same[1]!r}; rename one")
     return keys
 
 
@@ -58,91 +56,64 @@ def _with_hash(key: str, name: str) -> str:
 
 
 class ShardWriter:
-    """Writes `shard-000000.tar`, ... into a folder, a new one when the next sample would exceed a limit.
+    """Writes one tar into PATH.partial, which becomes PATH when it is finished; use it in a `with` statement.
 
-    Members are plain USTAR, without times and owners: equal samples give equal bytes.
+    Members are plain USTAR, without times and owners: equal samples give equal bytes. Leaving the block without
+    `finish` removes what was written.
     """
 
-    def __init__(self, folder: Path, *, max_shard_bytes: int, max_shard_samples: int) -> None:
-        self._folder = folder
-        self._max_shard_bytes = max_shard_bytes
-        self._max_shard_samples = max_shard_samples
-        self._file: BinaryIO | None = None
-        self._shard_samples = 0
-        self._shards: list[Shard] = []
-        self._rows: list[tuple[Any, ...]] = []
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._partial = path.with_name(path.name + ".partial")
+        self._partial.unlink(missing_ok=True)  # of a killed process: a file of its own, whoever may still hold it open
+        self._file = self._partial.open("xb")
+        self.rows: list[list[Any]] = []
+        """The fields of `data_shards.manifest.samples_dtype` after `shard`, for each sample."""
 
-    def add(self, key: str, suffix: str, payload: bytes, *, label: int, info: VideoInfo, meta: dict[str, Any]) -> None:
+    def add(self, key: str, suffix: str, payload: bytes, label: int, info: VideoInfo, meta: Mapping[str, Any]) -> None:
         """Append a sample: KEY + suffix with the payload as it is, KEY.cls and KEY.json."""
         assert len(payload) <= MAX_PAYLOAD_BYTES, key
         members = (
             (key + suffix, payload),
             (key + ".cls", str(label).encode()),
-            (key + ".json", json.dumps(meta | asdict(info), ensure_ascii=False).encode()),
+            (key + ".json", json.dumps(meta, ensure_ascii=False).encode(errors="backslashreplace")),
         )
-        num_bytes = sum(tarfile.BLOCKSIZE + _padded(len(content)) for _, content in members)
-        file = self._file_for(num_bytes)
-        offset = file.tell() + tarfile.BLOCKSIZE
+        offset = self._file.tell() + tarfile.BLOCKSIZE
         for name, content in members:
-            file.write(_header(name, len(content)))
-            file.write(content)
-            file.write(bytes(_padded(len(content)) - len(content)))
-        self._shard_samples += 1
-        self._rows.append(
-            (
-                len(self._shards),
-                offset,
-                len(payload),
-                zlib.crc32(payload),
-                label,
-                info.num_frames,
-                info.width,
-                info.height,
-                info.fps,
-                key.encode(),
-            )
-        )
+            self._file.write(_header(name, len(content)))
+            self._file.write(content)
+            self._file.write(bytes(-len(content) % tarfile.BLOCKSIZE))
+        facts = [label, info.num_frames, info.width, info.height, info.fps, key]
+        self.rows.append([offset, len(payload), zlib.crc32(payload), *facts])
 
-    def close(self) -> tuple[list[Shard], np.ndarray[Any, np.dtype[np.void]]]:
-        """Finish the last tar; returns the shards and the rows for `data_shards.manifest.write_manifest`."""
-        self._finish_shard()
-        key_bytes = max((len(row[-1]) for row in self._rows), default=1)
-        return self._shards, np.array(self._rows, samples_dtype(key_bytes))
-
-    def discard(self) -> None:
-        """Close the open file without finishing it."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _file_for(self, num_bytes: int) -> BinaryIO:
-        if self._file is not None and (
-            self._shard_samples >= self._max_shard_samples or self._file.tell() + num_bytes > self._max_shard_bytes
-        ):
-            self._finish_shard()
-        if self._file is None:
-            self._file = (self._folder / f"shard-{len(self._shards):06d}.tar").open("xb")
-        return self._file
-
-    def _finish_shard(self) -> None:
-        if self._file is None:
-            return
+    def finish(self) -> int:
+        """Make the tar durable and visible; returns its size. A tar without samples is not kept: 0."""
         end = self._file.tell() + 2 * tarfile.BLOCKSIZE  # the end is two empty blocks, in whole records
         self._file.write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
         self._file.flush()
         os.fsync(self._file.fileno())
         num_bytes = self._file.tell()
         self._file.close()
-        self._shards.append(
-            Shard(
-                name=Path(self._file.name).name,
-                num_samples=self._shard_samples,
-                num_bytes=num_bytes,
-                first_sample=len(self._rows) - self._shard_samples,
-            )
-        )
-        self._file = None
-        self._shard_samples = 0
+        if self.rows:
+            self._partial.replace(self._path)
+        else:
+            self._path.unlink(missing_ok=True)
+            num_bytes = 0
+        fsync_folder(self._path.parent)
+        return num_bytes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # a full disk says so a second time, when what is left is written
+            self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+
+def stored_bytes(size: int) -> int:
+    """What a member of `size` bytes takes in a tar."""
+    return tarfile.BLOCKSIZE + size + -size % tarfile.BLOCKSIZE
 
 
 def _header(name: str, size: int) -> bytes:
@@ -152,7 +123,3 @@ def _header(name: str, size: int) -> bytes:
     header = member.tobuf(tarfile.USTAR_FORMAT)
     assert len(header) == tarfile.BLOCKSIZE, name
     return header
-
-
-def _padded(size: int) -> int:
-    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE

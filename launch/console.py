@@ -57,6 +57,7 @@ class ProgressLine:
         self._label, self._unit, self._shown = label, unit, shown
         self._note = ""
         self._done, self._total = 0, 1
+        self._first: int | None = None  # what was done before it began
         self._started = self._last_line = time.monotonic()
         self._bar: Progress | None = None
         if shown and sys.stderr.isatty():
@@ -93,8 +94,12 @@ class ProgressLine:
         self.update(self._done, self._total)
 
     def update(self, done: int, total: int) -> None:
-        """Says how far it is."""
+        """Says how far it is; the first call may say that some was done before, which the time left leaves out."""
         self._done, self._total = done, total
+        if self._first is None:
+            self._first = done
+            if self._bar is not None and self._task is not None:
+                self._bar.reset(self._task, completed=done, total=total)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, total=total, note=self._note)
             return
@@ -102,7 +107,7 @@ class ProgressLine:
         if not self._shown or now - self._last_line < PLAIN_LINE_SECONDS:
             return
         self._last_line = now
-        left = (now - self._started) / max(done, 1) * (total - done)
+        left = (now - self._started) / max(done - self._first, 1) * (total - done)
         sys.stderr.write(
             f"{self._label} {100 * done // max(total, 1):3d} %  {done}/{total} {self._unit}  "
             f"{left:.0f} s left  {self._note}".rstrip()

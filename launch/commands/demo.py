@@ -62,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
     with ProgressLine("rendering", unit="clips") as progress:
         make_motion_dataset(MotionConfig(num_clips=command.num_clips), clips, progress=progress.update)
     with ProgressLine("packing", unit="clips") as progress:
-        pack(PackConfig(source=clips, destination=shards), progress=progress.update)
+        pack(PackConfig(source=clips, destination=shards), progress=lambda at: progress.update(at.done, at.total))
     _say(f"{command.num_clips} clips rendered and packed in {time.monotonic() - started:.0f} s")
     results = []
     for wanted in RUNS:

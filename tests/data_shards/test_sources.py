@@ -26,7 +26,7 @@ def labels_csv(root: Path, text: str | bytes, name: str = "labels.csv") -> Path:
 
 
 def found(source: Source) -> set[tuple[str, str, str]]:
-    return {(video.name, video.label, video.split) for video in source.videos}
+    return {(sample.name, sample.label, sample.split) for sample in source.samples}
 
 
 def refusal(path: Path, **options: object) -> str:
@@ -39,10 +39,10 @@ def refusal(path: Path, **options: object) -> str:
 def test_a_folder_per_class_is_read_in_the_order_of_names(tmp_path: Path):
     touch(tmp_path, "b/2.mp4", "b/10.MKV", "a/x.webm", "a/notes.txt", ".git/y.mp4", "a/._x.mp4")
     source = read_source(tmp_path, val_fraction=0)
-    assert [video.name for video in source.videos] == ["a/x.webm", "b/10.MKV", "b/2.mp4"]
+    assert [video.name for video in source.samples] == ["a/x.webm", "b/10.MKV", "b/2.mp4"]
     assert source.classes == ("a", "b")
-    assert {video.split for video in source.videos} == {"train"}
-    assert source.videos[0].path == tmp_path / "a" / "x.webm"
+    assert {video.split for video in source.samples} == {"train"}
+    assert source.samples[0].content.path == tmp_path / "a" / "x.webm"
 
 
 def test_a_folder_per_split_and_class_is_read(tmp_path: Path):
@@ -108,9 +108,9 @@ def test_a_csv_is_read_with_numbers_quotes_and_other_columns(tmp_path: Path):
 def test_paths_are_relative_to_the_csv_or_to_the_folder_of_the_videos(tmp_path: Path):
     touch(tmp_path / "videos", "1.mp4")
     path = labels_csv(tmp_path / "lists", "file,label\n1.mp4,a\n")
-    assert read_source(path, videos=tmp_path / "videos").videos[0].path == tmp_path / "videos" / "1.mp4"
+    assert read_source(path, videos=tmp_path / "videos").samples[0].content.path == tmp_path / "videos" / "1.mp4"
     labels_csv(tmp_path / "lists", "file,label\n../videos/1.mp4,a\n")
-    assert read_source(path).videos[0].path == tmp_path / "videos" / "1.mp4"
+    assert read_source(path).samples[0].content.path == tmp_path / "videos" / "1.mp4"
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_kinetics_csv_finds_its_files_and_lists_the_missing(tmp_path: Path, fold
 def test_a_kinetics_file_in_two_folders_is_taken_from_that_of_its_class(tmp_path: Path):
     touch(tmp_path, "abseiling/x_000001_000011.mp4", "aaa/x_000001_000011.mp4")
     path = labels_csv(tmp_path, "label,youtube_id,time_start,time_end\nabseiling,x,1,11\n")
-    assert read_source(path).videos[0].name == "abseiling/x_000001_000011.mp4"
+    assert read_source(path).samples[0].name == "abseiling/x_000001_000011.mp4"
 
 
 @pytest.mark.parametrize(
@@ -201,10 +201,10 @@ def test_split_by_hash_is_a_function_of_names_and_seed_and_keeps_the_shares(tmp_
     touch(tmp_path, *(f"class{label}/clip{number}.mp4" for label in range(5) for number in range(23)))
     options = {"val_fraction": 0.2, "test_fraction": 0.1}
     source = read_source(tmp_path, **options)
-    counts = Counter(video.split for video in source.videos)
+    counts = Counter(video.split for video in source.samples)
     assert counts == {"train": 80, "val": 23, "test": 12}
     for label in source.classes:
-        shares = Counter(video.split for video in source.videos if video.label == label)
+        shares = Counter(video.split for video in source.samples if video.label == label)
         assert shares["val"] in (4, 5)
         assert shares["test"] in (2, 3)
     assert found(read_source(tmp_path, **options)) == found(source)
@@ -214,7 +214,7 @@ def test_split_by_hash_is_a_function_of_names_and_seed_and_keeps_the_shares(tmp_
 def test_split_by_hash_leaves_each_class_something_to_train_on(tmp_path: Path):
     touch(tmp_path, "a/1.mp4", "b/1.mp4", "b/2.mp4")
     source = read_source(tmp_path, val_fraction=0.5, test_fraction=0.4)
-    assert {video.label for video in source.videos if video.split == "train"} == {"a", "b"}
+    assert {video.label for video in source.samples if video.split == "train"} == {"a", "b"}
 
 
 def test_impossible_shares_are_refused(tmp_path: Path):
