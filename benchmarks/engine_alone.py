@@ -20,7 +20,7 @@ from benchmarks.small_run import LOG_EVERY_STEPS, random_batch, small_model, sma
 from data_shards.batch import Batch
 from dist_train.ledger import Ledger
 from dist_train.loop import train
-from dist_train.tasks.video_classification import normalize
+from dist_train.tasks.clip_input import normalize
 
 
 def loop_against_bare(*, pairs: int, clips: int = 16, size: int = 56, width: int = 16) -> tuple[Ratio, float]:

@@ -1,7 +1,9 @@
-"""Which part of a picture a clip shows: multi-scale crop in training, resize and center crop in evaluation.
+"""Which part of a picture a clip shows: multi-scale crop in training; one, three or ten crops in evaluation.
 
 Drawn before anything is decoded, so that a decoder need not make more than that part.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,13 +22,20 @@ _OFFSETS = (
 )  # fmt: skip
 
 
-def multi_scale_crop_box(height: int, width: int, *, crop_size: int, generator: np.random.Generator) -> CropBox:
+def multi_scale_crop_box(
+    height: int,
+    width: int,
+    *,
+    crop_size: int,
+    generator: np.random.Generator,
+    scales: Sequence[float] = CROP_SCALES,
+) -> CropBox:
     """A random rectangle of a `height` x `width` frame, to be resized to `crop_size` x `crop_size`.
 
-    Its sides are 1, 0.875, 0.75 or 0.66 of the frame's short side, two neighboring scales at most apart, at one of 13
-    fixed places. Source: TSM's `ops/transforms.py`, `GroupMultiScaleCrop(crop_size, [1, .875, .75, .66])`.
+    Its sides are `scales` of the frame's short side, two neighboring ones at most apart, at one of 13 fixed places.
+    Source: TSM's `ops/transforms.py`, `GroupMultiScaleCrop(crop_size, [1, .875, .75, .66])`.
     """
-    sides = [int(min(height, width) * scale) for scale in CROP_SCALES]
+    sides = [int(min(height, width) * scale) for scale in scales]
     sides = [crop_size if abs(side - crop_size) < _SNAP_PIXELS else max(side, 1) for side in sides]
     pairs = [(sides[i], sides[j]) for i in range(len(sides)) for j in range(len(sides)) if abs(i - j) <= _MAX_DISTORT]
     crop_width, crop_height = pairs[draw_below(len(pairs), generator)]
@@ -41,7 +50,14 @@ def multi_scale_crop_box(height: int, width: int, *, crop_size: int, generator: 
 
 
 def training_framing(
-    height: int, width: int, *, crop_size: int, short_side: int, multi_scale_crop: bool, generator: np.random.Generator
+    height: int,
+    width: int,
+    *,
+    crop_size: int,
+    short_side: int,
+    multi_scale_crop: bool,
+    generator: np.random.Generator,
+    scales: Sequence[float] = CROP_SCALES,
 ) -> Framing:
     """A random crop of a `height` x `width` picture.
 
@@ -49,7 +65,7 @@ def training_framing(
     and a square is cut at a uniform place.
     """
     if multi_scale_crop:
-        box = multi_scale_crop_box(height, width, crop_size=crop_size, generator=generator)
+        box = multi_scale_crop_box(height, width, crop_size=crop_size, generator=generator, scales=scales)
         return Framing(height=height, width=width, scaled_height=height, scaled_width=width, box=box, size=crop_size)
     scaled_height, scaled_width = short_side_size(height, width, short_side)
     top = draw_below(scaled_height - crop_size + 1, generator)
@@ -64,19 +80,26 @@ def training_framing(
     )
 
 
-def evaluation_framing(height: int, width: int, *, crop_size: int, short_side: int) -> Framing:
-    """The center square of a `height` x `width` picture, its short side scaled to `short_side` before."""
+def evaluation_framings(height: int, width: int, *, crop_size: int, short_side: int, num_crops: int) -> list[Framing]:
+    """Squares of a `height` x `width` picture, its short side scaled to `short_side` before.
+
+    1: the center. 3: both ends of the long side and its center (Feichtenhofer et al., "SlowFast Networks for Video
+    Recognition", ICCV 2019, section 4). 5: the corners and the center, half of TSN's ten; the other half is mirrored.
+    """
     scaled_height, scaled_width = short_side_size(height, width, short_side)
-    return Framing(
-        height=height,
-        width=width,
-        scaled_height=scaled_height,
-        scaled_width=scaled_width,
-        box=CropBox(
-            top=(scaled_height - crop_size) // 2,
-            left=(scaled_width - crop_size) // 2,
-            height=crop_size,
-            width=crop_size,
-        ),
-        size=crop_size,
-    )
+    down, right = scaled_height - crop_size, scaled_width - crop_size
+    center = (down // 2, right // 2)
+    ends = [(0, right // 2), (down, right // 2)] if height > width else [(down // 2, 0), (down // 2, right)]
+    corners = [(0, 0), (0, right), (down, 0), (down, right)]
+    places = {1: [center], 3: [ends[0], center, ends[1]], 5: [*corners, center]}[num_crops]
+    return [
+        Framing(
+            height=height,
+            width=width,
+            scaled_height=scaled_height,
+            scaled_width=scaled_width,
+            box=CropBox(top=top, left=left, height=crop_size, width=crop_size),
+            size=crop_size,
+        )
+        for top, left in places
+    ]

@@ -1,5 +1,7 @@
 """Frames of a clip are random in training, centered in evaluation, and always exist."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -83,6 +85,48 @@ def test_empty_videos_and_clips_are_refused(arguments):
 def test_a_window_too_short_for_the_clip_is_refused():
     with pytest.raises(ValueError, match="a window of 4 frames cannot hold 8"):
         dense_frames(100, 8, 4)
+
+
+@pytest.mark.parametrize("num_frames", [64, 65, 250, 300])
+def test_ten_dense_clips_start_where_tsms_do(num_frames):
+    clips = [dense_frames(num_frames, 8, 64, clip=number, num_clips=10) for number in range(10)]
+    last = max(1, 1 + num_frames - 64) - 1  # TSM's ops/dataset.py: linspace(0, sample_pos - 1, num=10, dtype=int)
+    assert [int(clip[0]) for clip in clips] == [int(Fraction(last * number, 9)) for number in range(10)]
+    assert all(np.diff(clip).tolist() == [8] * 7 for clip in clips)
+
+
+@given(FRAMES, SEGMENTS, st.integers(1, 12))
+def test_the_clips_of_a_video_take_turns_in_each_segment(num_frames, num_segments, num_clips):
+    clips = [segment_frames(num_frames, num_segments, clip=number, num_clips=num_clips) for number in range(num_clips)]
+    together = np.stack(clips, axis=1).ravel()
+    assert (np.diff(together) >= 0).all()
+    if num_frames >= num_segments * num_clips:
+        assert len(set(together.tolist())) == len(together)
+    assert (segment_frames(num_frames, num_segments) == segment_frames(num_frames, num_segments, num_clips=1)).all()
+
+
+@given(FRAMES, SEGMENTS, st.integers(1, 8), st.integers(0, 99), st.booleans(), st.booleans())
+def test_snippets_are_frames_in_a_row_that_exist(num_frames, num_segments, length, seed, training, dense):
+    generator = np.random.default_rng(seed) if training else None
+    if dense:
+        frames = dense_frames(num_frames, num_segments, 64, generator, frames_per_segment=length)
+    else:
+        frames = segment_frames(num_frames, num_segments, generator, frames_per_segment=length)
+    snippets = frames.reshape(num_segments, length)
+    assert snippets.min() >= 0
+    assert snippets.max() < num_frames
+    steps = np.diff(snippets, axis=1)
+    assert set(steps.ravel().tolist()) <= {1, 0 if num_frames < length else 1}
+
+
+def test_snippets_of_a_dense_window_stay_where_the_video_holds_it():
+    last = dense_frames(100, 16, 64, frames_per_segment=6, clip=1, num_clips=2).reshape(16, 6)
+    assert last[:, 0].tolist() == [34 + 4 * number for number in range(16)]  # frames 94 to 99 are the last snippet
+
+
+def test_snippets_reach_the_last_frame():
+    taken = [segment_frames(20, 4, np.random.default_rng(seed), frames_per_segment=6).max() for seed in range(300)]
+    assert max(taken) == 19
 
 
 GOLDEN_RANDOM = [0.9962209585169738, 0.23407290310775375, 0.8824255490313213, 0.1367799616780888]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from data_shards.errors import DataError
 from data_shards.framing import CropBox, apply_framing, crop, resize, short_side_size
-from data_shards.transforms import evaluation_framing, multi_scale_crop_box, training_framing
+from data_shards.transforms import evaluation_framings, multi_scale_crop_box, training_framing
 
 
 def frames_of(height: int, width: int, *, num_frames: int = 2, seed: int = 0) -> torch.Tensor:
@@ -72,12 +72,37 @@ def test_the_short_side_is_scaled_in_proportion():
 
 def test_evaluation_takes_the_center():
     frames = frames_of(64, 80)
-    framing = evaluation_framing(64, 80, crop_size=56, short_side=64)
+    (framing,) = evaluation_framings(64, 80, crop_size=56, short_side=64, num_crops=1)
     assert torch.equal(apply_framing(frames, framing), frames[:, 4:60, 12:68])
 
 
+def places(height: int, width: int, num_crops: int) -> list[tuple[int, int]]:
+    framings = evaluation_framings(height, width, crop_size=56, short_side=64, num_crops=num_crops)
+    assert all((framing.box.height, framing.box.width, framing.size) == (56, 56, 56) for framing in framings)
+    return [(framing.box.top, framing.box.left) for framing in framings]
+
+
+def test_three_crops_go_along_the_long_side():
+    assert places(64, 80, 3) == [(4, 0), (4, 12), (4, 24)]
+    assert places(160, 128, 3) == [(0, 4), (12, 4), (24, 4)]  # of 80 x 64
+    assert places(64, 64, 3) == [(4, 0), (4, 4), (4, 8)]
+
+
+def test_five_crops_are_the_corners_and_the_center():
+    assert places(64, 80, 5) == [(0, 0), (0, 24), (8, 0), (8, 24), (4, 12)]
+
+
+def test_other_scales_of_the_multi_scale_crop():
+    generator = np.random.default_rng(0)
+    boxes = [
+        multi_scale_crop_box(256, 340, crop_size=224, generator=generator, scales=(1.0, 0.875, 0.75))
+        for _ in range(400)
+    ]
+    assert {box.height for box in boxes} == {256, 224, 192}
+
+
 def test_pictures_of_another_size_than_the_manifests_are_refused():
-    framing = evaluation_framing(64, 80, crop_size=56, short_side=64)
+    (framing,) = evaluation_framings(64, 80, crop_size=56, short_side=64, num_crops=1)
     with pytest.raises(DataError, match="its pictures are 64x80, the manifest says 80x64"):
         apply_framing(frames_of(80, 64), framing)
 
