@@ -4,12 +4,19 @@ Workers come from a fork server, a process that has imported what a worker needs
 process itself is unsafe once it has run OpenMP or Gloo threads; importing PyTorch in each worker takes seconds.
 """
 
+from __future__ import annotations
+
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerContext
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from data_shards.workers.process import Worker
 
 # Signals that a cluster sends to all processes of a job step, to be heard by the training process only.
 SHIELDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -33,24 +40,24 @@ def start_worker_server() -> None:
     forkserver.ensure_running()
 
 
-def start_worker(_worker_id: int) -> None:
-    """First call in a worker (DataLoader's `worker_init_fn`): guard the process, start the clock of its costs.
+def run_worker(worker: Worker) -> None:
+    """The main function of a worker process: guards the process, then works."""
+    import torch
 
-    From here on the worker ends with the training process, however that one dies, and is deaf to signals but for a
-    SIGTERM from the training process itself.
+    guard_process()
+    torch.set_num_threads(1)  # the workers are the parallelism
+    sys.exit(worker.work())
+
+
+def guard_process(_worker_id: int = 0) -> None:
+    """Make this process end with the training process, however that one dies, and deaf to signals.
+
+    All but a SIGTERM from the training process itself. Called once, in the main thread of a worker.
     """
-    from torch.utils.data import get_worker_info
-
-    from data_shards.worker import BatchMaker
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED_SIGNALS)
     threading.Thread(target=_guard, name="guard", daemon=True).start()
-    info = get_worker_info()
-    assert info is not None
-    assert isinstance(info.dataset, BatchMaker)
-    info.dataset.start()
 
 
 def _guard() -> None:

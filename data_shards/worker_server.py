@@ -8,8 +8,8 @@ import os
 import signal
 from types import FrameType
 
-import data_shards.worker
 import data_shards.worker_process
+import data_shards.workers.process
 
 _SERVER_PID = os.getpid()
 

@@ -213,6 +213,7 @@ class _Loop:
                 {**own, "wall": costs.get("wall_seconds", 0.0), "idle": costs.get("idle_seconds", 0.0)}
             )
         counts = {name: costs.get(name, 0) for name in ("frames_decoded", "frames_used")}
+        counts |= {name: value for name, value in costs.items() if rows.TIER_COST.fullmatch(name) and value}
         ledger.add_worker_costs({**counts, "skipped": len(batch.skipped)})
         ledger.add_bytes(rows.READ, int(costs.get("read_bytes", 0)))
         ledger.add_bytes(rows.DECODE, int(costs.get("decoded_bytes", 0)))

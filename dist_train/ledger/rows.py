@@ -7,6 +7,8 @@ for a loader's worker processes, which run beside the rank.
 
 from __future__ import annotations
 
+import re
+
 STARTUP = "startup"  # process start (before Python) to the first step, minus what has a row of its own
 READ = "read"  # bytes of shards into memory, when the rank reads by itself (num_workers=0)
 DECODE = "decode"  # likewise: compressed video to frames
@@ -45,3 +47,6 @@ RANK_ROWS = (
 TRAINING_ROWS = (FORWARD, BACKWARD, WAIT_FOR_PEER, WIRE, OPTIMIZER, REMAINDER)
 
 WORKER_ROWS = (READ, DECODE, AUGMENT, "idle")
+
+TIER_COST = re.compile(r"read_(?P<tier>[a-z]+)_(?P<unit>seconds|bytes)")
+"""How a loader names what it read from a tier of storage, and the time for it, among the costs of a batch."""

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from dist_train.ledger.communication import CommunicationTotals
-from dist_train.ledger.rows import RANK_ROWS, REMAINDER, WORKER_ROWS
+from dist_train.ledger.rows import RANK_ROWS, REMAINDER, TIER_COST, WORKER_ROWS
 from dist_train.ledger.totals import (
     BYTE_ROWS,
     AttemptSummary,
@@ -225,6 +225,7 @@ class _Attempt:
         self.spans: dict[str, float] = {}
         self.bytes = [0.0] * len(BYTE_ROWS)
         self.workers: dict[str, float] | None = None
+        self.tiers: dict[tuple[str, str], float] = {}
         self.num_steps = 0
         self.worst_gap = (0.0, 0)
         self.series = _Series(max_points)
@@ -248,6 +249,10 @@ class _Attempt:
         if line.get("workers"):
             workers = self.workers or dict.fromkeys(_WORKER_KEYS, 0.0)
             self.workers = {key: workers[key] + _finite(line["workers"].get(key, 0)) for key in _WORKER_KEYS}
+            for key, value in line["workers"].items():
+                if found := TIER_COST.fullmatch(key):
+                    place = (found["tier"], found["unit"])
+                    self.tiers[place] = self.tiers.get(place, 0.0) + _finite(value)
         if name == "step":
             self.num_steps += 1
             self.step_seconds = [a + b for a, b in zip(self.step_seconds, seconds, strict=True)]
@@ -273,6 +278,8 @@ class _Attempt:
                 frames_decoded=int(workers["frames_decoded"]),
                 frames_used=int(workers["frames_used"]),
                 skipped=int(workers["skipped"]),
+                tier_seconds={tier: value for (tier, unit), value in self.tiers.items() if unit == "seconds"},
+                tier_bytes={tier: int(value) for (tier, unit), value in self.tiers.items() if unit == "bytes"},
             ),
             num_steps=self.num_steps,
             worst_span_gap=self.worst_gap,

@@ -66,6 +66,10 @@ class WorkerTotals:
     """Frames that became part of a clip."""
     skipped: int
     """Samples skipped as unreadable."""
+    tier_seconds: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of reading by the tier of storage that the bytes came from, as the loader names it."""
+    tier_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Bytes read by tier."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,6 +52,8 @@ def ledger_view(summary: LedgerSummary, *, attempt: AttemptSummary | None = None
     workers = [rank.workers for rank in attempt.ranks if rank.workers is not None and rank.workers.wall_seconds > 0]
     if workers:
         parts += [_workers_table(workers), Text(_frames_line(workers))]
+    if read := _tiers_line(attempt):
+        parts.append(Text(read))
     parts += _communication(attempt)
     parts.append(Text(_remainder_line(summary, attempt)))
     parts.append(Text(judge(attempt).sentence, style="bold"))
@@ -162,6 +164,17 @@ def _communication(attempt: AttemptSummary) -> list[RenderableType]:
         parts.append(Text(counted))
     parts.append(Text(straggler_sentence(attempt), style="bold"))
     return parts
+
+
+def _tiers_line(attempt: AttemptSummary) -> str:
+    """What was read from which tier of storage, and the readers' time for it; "" where the loader does not say."""
+    loaders = [rank.workers for rank in attempt.ranks if rank.workers is not None]
+    said = []
+    for tier in dict.fromkeys(tier for loader in loaders for tier in loader.tier_bytes):
+        num_bytes = sum(loader.tier_bytes.get(tier, 0) for loader in loaders)
+        seconds = sum(loader.tier_seconds.get(tier, 0.0) for loader in loaders)
+        said.append(f"{bytes_text(num_bytes)} from {tier} in {seconds_text(seconds)}")
+    return f"Read {', '.join(said)}" if said else ""
 
 
 def _frames_line(workers: list[WorkerTotals]) -> str:

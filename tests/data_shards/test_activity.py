@@ -57,8 +57,7 @@ def test_a_loader_that_hangs_says_on_which_sample(tmp_path, num_workers):
 
 def test_of_several_workers_the_one_at_one_thing_for_longest_is_told(tmp_path):
     manifest = make_split(tmp_path / "train", VIDEOS)
-    activity = WorkerActivity(3, None)
-    activity._numbers = [0.0] * 9
+    activity = WorkerActivity(3)
     activity.note(2, 1, DECODING)
     activity.note(0, 0, READING)
     assert activity.describe(manifest).startswith(f"worker 2: decoding {manifest.describe(1)} (sample 1) for 0.0 s")

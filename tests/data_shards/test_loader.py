@@ -1,8 +1,6 @@
 """The loader's stream is the same whoever makes it, wherever it starts; what goes wrong arrives as one clear error."""
 
-import os
 import pickle
-import signal
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +14,8 @@ from data_shards.errors import DataError
 from data_shards.loader import ClipLoader, LoaderConfig
 from data_shards.manifest import Manifest
 from data_shards.order import sample_at
-from data_shards.worker import BATCH_COST_NAMES
+from data_shards.sample_order import OrderConfig
+from data_shards.worker import BATCH_COST_NAMES, BatchMaker
 from tests.data_shards.packed import damage, make_split
 from tests.data_shards.videos import encode
 
@@ -112,7 +111,7 @@ def test_ranks_and_micro_batches_share_the_same_stream(manifest, stream):
 
 
 def test_a_block_shuffle_reaches_each_sample_in_workers(manifest):
-    batches = train_batches(manifest, 0, 28, shuffle_block_samples=3, shuffle_window_blocks=2, num_workers=1)
+    batches = train_batches(manifest, 0, 28, order=OrderConfig(block_samples=3, window_blocks=2), num_workers=1)
     samples = [sample_id for _, sample_id, *_ in contents(batches)]
     assert sorted(samples[:14]) == sorted(samples[14:]) == list(range(14))
     positions = range(28)
@@ -149,7 +148,8 @@ def test_clips_flatten_to_channels_last_frames_without_a_copy(manifest, num_work
         assert frames.untyped_storage()._cdata == moved.clips.untyped_storage()._cdata
     assert batch.to("meta").labels.device.type == "meta"
     assert batch.to("meta").costs == batch.costs
-    assert batch.num_bytes == 4 * (3 * 3 * 24 * 24 + 8 + 4 + 8 + 8)
+    assert batch.to("meta").positions.tolist() == batch.positions.tolist()
+    assert batch.num_bytes == 4 * (3 * 3 * 24 * 24 + 8 + 4)
     assert len(batch) == 4
     assert batch.weights.tolist() == [1.0] * 4
 
@@ -223,12 +223,10 @@ def test_costs_of_each_worker_add_up_to_its_wall_time(manifest, num_workers):
 
 def test_a_worker_waiting_for_its_next_request_is_idle(manifest):
     with make_loader(manifest, num_workers=1, prefetch_batches=1) as loader:
-        iterator = loader.batches(0, 16)
+        iterator = loader.batches(0, 32)
         next(iterator)
-        next(iterator)
-        time.sleep(0.5)
-        next(iterator)
-        assert next(iterator).costs["idle_seconds"] > 0.3
+        time.sleep(0.8)
+        assert max(batch.costs["idle_seconds"] for batch in iterator) > 0.3
 
 
 def test_leaving_a_stream_early_does_not_leak_into_the_next(manifest, stream):
@@ -255,43 +253,52 @@ def test_a_stream_draws_no_global_random_numbers(manifest):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_worker_that_dies_is_named_and_nothing_hangs(manifest):
-    loader = make_loader(manifest, num_workers=2)
-    iterator = loader.batches(0, 4000)
-    next(iterator)
-    workers = loader._data_loader._iterator._workers
-    pid = workers[1].pid
-    os.kill(pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=rf"data worker 1 \(pid {pid}\) was killed by SIGKILL"):
-        for _ in iterator:
-            pass
-    assert not any(worker.is_alive() for worker in workers)
-    assert len(list(loader.batches(0, 8))) == 2  # a new stream starts new workers
-    loader.close()
+def test_batches_that_are_kept_stay_as_they_were(manifest, stream):
+    with make_loader(manifest, num_workers=2, prefetch_batches=1) as loader:
+        batches = list(loader.batches(0, 36))  # more than there are slabs
+        iterator = loader.batches(0, 36)
+        first = next(iterator)
+        later = [contents([batch]) for batch in iterator]
+    assert contents(batches) == stream
+    assert contents([first]) == stream[:4]  # also after the workers have ended
+    assert [clip for clips in later for clip in clips] == stream[4:]
+
+
+def test_memory_of_a_batch_is_used_again_once_nobody_has_it(manifest):
+    with make_loader(manifest, num_workers=1, prefetch_batches=1) as loader:
+        places = {batch.clips.data_ptr() for batch in loader.batches(0, 120)}
+    assert len(places) <= 3
 
 
 def test_close_ends_the_workers_and_the_stream(manifest):
     loader = make_loader(manifest, num_workers=2)
     iterator = loader.batches(0, 400)
     next(iterator)
-    workers = loader._data_loader._iterator._workers
+    accounts = loader.accounts
+    assert loader.num_workers == 2
     loader.close()
-    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert len(accounts) == 2
+    assert all(account.ended is not None and account.end == "" for account in accounts)
+    assert not any(Path(f"/proc/{account.pid}").exists() for account in accounts)
     with pytest.raises(RuntimeError, match="close"):
         next(iterator)
+    loader.close()
+    assert len(list(loader.batches(0, 8))) == 2  # a new stream starts new workers
     loader.close()
 
 
 def test_workers_are_sent_a_folder_and_not_the_samples(manifest):
-    maker = make_loader(manifest)._data_loader.dataset
-    assert len(pickle.dumps(maker)) < 2000
+    with make_loader(manifest, order=OrderConfig(balance="classes")) as loader:
+        assert len(_sent(loader._maker)) < 3000
 
 
-def test_too_little_shared_memory_is_said_before_a_worker_dies_of_it(manifest, monkeypatch):
-    def almost_full(path: object) -> os.statvfs_result:
-        return os.statvfs_result((4096, 4096, 1000, 3, 3, 0, 0, 0, 0, 255))
+def _sent(maker: BatchMaker) -> bytes:
+    """What a worker is sent of it, but for the shared memory."""
+    return pickle.dumps({**maker.__getstate__(), "activity": None})
 
-    monkeypatch.setattr("data_shards.loader.os.statvfs", almost_full)
+
+def test_too_little_memory_is_said_before_a_worker_dies_of_it(manifest, monkeypatch):
+    monkeypatch.setattr("data_shards.workers.room.available_bytes", lambda: 10_000)
     with make_loader(manifest, num_workers=1) as loader, pytest.raises(RuntimeError, match="lower num_workers"):
         next(loader.batches(0, 8))
     assert len(train_batches(manifest, 0, 8)) == 2  # in this process no shared memory is used
@@ -308,6 +315,8 @@ def test_too_little_shared_memory_is_said_before_a_worker_dies_of_it(manifest, m
         (lambda m: make_loader(m, batch=6, world_size=4), "multiple of 4, for example 8"),
         (lambda m: make_loader(m, rank=2, world_size=2), "rank 2 does not exist"),
         (lambda m: LoaderConfig(num_workers=-1, prefetch_batches=0), "num_workers is -1.*prefetch_batches is 0"),
+        (lambda m: LoaderConfig(num_workers="some"), "num_workers is 'some'"),
+        (lambda m: LoaderConfig(worker_timeout_seconds=0), "worker_timeout_seconds is 0"),
         (lambda m: LoaderConfig(on_bad_sample="ignore"), "on_bad_sample is 'ignore'"),
     ],
 )

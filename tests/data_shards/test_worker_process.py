@@ -34,7 +34,7 @@ def main(folder, store):
     loader = ClipLoader(open_manifest(folder), clip=clip, loader=LoaderConfig(num_workers=2), training=True,
                         global_batch_clips=2)
     for batch in loader.batches(0, 10**9):
-        pids = [worker.pid for worker in loader._data_loader._iterator._workers]
+        pids = [account.pid for account in loader.accounts]
         print(forkserver._forkserver._forkserver_pid, *pids, flush=True)
         if not sys.stdin.readline():
             break
@@ -70,6 +70,7 @@ def training(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
+@pytest.mark.thorough
 def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     make_split(tmp_path / "train", {"clip": encode(4, width=40, height=32)})
     script = tmp_path / "unguarded.py"

@@ -36,6 +36,12 @@ def write(run_dir: Path, rank: int, *lines: dict | str) -> Path:
 def two_steps(rank: int = 0, attempt: int = 0, world_size: int = 1, first: int = 1) -> list[dict]:
     workers = {"wall": 2.0, "read": 0.2, "decode": 1.0, "augment": 0.3, "idle": 0.5}
     workers |= {"frames_decoded": 100, "frames_used": 64, "skipped": 1}
+    workers |= {
+        "read_disk_seconds": 0.05,
+        "read_remote_seconds": 0.15,
+        "read_disk_bytes": 400,
+        "read_remote_bytes": 600,
+    }
     moved = {"read": 1000, "wire": 50}
     return [
         start(rank, attempt, world_size),
@@ -60,6 +66,8 @@ def test_totals_of_a_rank_are_the_sums_of_its_lines(tmp_path: Path) -> None:
     assert rank.workers is not None
     assert (rank.workers.wall_seconds, rank.workers.frames_decoded, rank.workers.skipped) == (4.0, 200, 2)
     assert sum(rank.workers.seconds.values()) == pytest.approx(rank.workers.wall_seconds)
+    assert rank.workers.tier_bytes == {"disk": 800, "remote": 1200}
+    assert rank.workers.tier_seconds == {"disk": 0.1, "remote": 0.3}
 
 
 def test_series_has_a_point_for_each_step_with_rows_that_add_up(tmp_path: Path) -> None:

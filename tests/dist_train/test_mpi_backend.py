@@ -44,6 +44,7 @@ def test_every_collective_dtype_and_op_gives_gloos_answers(mpi, tmp_path, num_ra
     assert not failed, "\n".join(f"{name}: {problem}" for name, problem in failed.items())
 
 
+@pytest.mark.thorough
 def test_a_collective_to_which_a_rank_does_not_come_ends_in_errors_that_name_it_and_ends_the_job(mpi):
     done = mpi.run(2, *ERRORS, "late")
     assert done.returncode != 0

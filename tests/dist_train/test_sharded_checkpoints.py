@@ -101,6 +101,7 @@ def test_a_run_continues_bit_for_bit_under_its_own_strategy(saved):
             assert torch.equal(weights_of(state)[key], value), (strategy, key)
 
 
+@pytest.mark.thorough
 def test_a_run_continues_under_every_other_strategy_on_three_ranks(saved):
     """Each strategy saves for one that works otherwise, and each continues; to 1e-5: sums have another order."""
     folder, whole = saved

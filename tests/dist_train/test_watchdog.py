@@ -212,7 +212,7 @@ def test_a_rank_that_hangs_in_its_loader_is_named_with_shard_and_key(tmp_path):
     assert kind == "CollectiveTimeout"
     assert "rank 1 did not come within 1.5 s" in said
     assert "(reading shard-000000.tar:v_abc (sample 0) for " in said
-    assert "s; at reading.py:" in said
+    assert "s; at local.py:" in said
 
 
 def _is_killed(world: World, victim: int, tcp: bool) -> tuple[str, str]:
@@ -322,6 +322,7 @@ def _waits_for_host_tensors_beside_nccl(world: World) -> tuple[str, str]:
     return _guarded(world, body)
 
 
+@pytest.mark.thorough
 def test_host_tensors_beside_nccl_end_with_the_process_groups_timeout_and_are_named():
     (kind, said), _ = run_ranks(_waits_for_host_tensors_beside_nccl, 2)
     assert kind == "CollectiveTimeout"

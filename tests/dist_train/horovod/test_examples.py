@@ -38,6 +38,7 @@ def launcher(name: str) -> Path:
     return path
 
 
+@pytest.mark.thorough
 def test_a_horovod_program_runs_alike_under_mpirun_and_torchrun():
     mpirun = [launcher("mpirun"), "--oversubscribe", "--allow-run-as-root", "-np", 2, sys.executable]
     torchrun = [launcher("torchrun"), "--standalone", "--nproc-per-node", 2]
