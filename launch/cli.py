@@ -21,6 +21,8 @@ COMMANDS = {
     "demo": ("the whole main job on the embedded data set", "launch.commands.demo"),
     "make-data": ("write the embedded data set: make-data motion DIR", "launch.commands.make_data"),
     "pack": ("videos to shards: pack SRC DST", "launch.commands.pack"),
+    "verify": ("is a packed set whole: verify DST [--decode all]", "launch.commands.verify"),
+    "inspect": ("what a packed set holds, and a page to look at: inspect DST", "launch.commands.inspect"),
     "experiments": ("list the experiments", "launch.commands.experiments"),
     "train": ("train an experiment: train motion_tsm [--nproc 2]", "launch.commands.train"),
     "ledger": ("where a run's time went: ledger RUN", "launch.commands.ledger"),

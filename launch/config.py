@@ -13,27 +13,37 @@ from typing import Any, Literal
 
 from data_shards.clips import ClipConfig
 from data_shards.loader import LoaderConfig
+from data_shards.storage import StorageConfig
 from dist_train.checkpoint import CheckpointConfig
 from dist_train.optimizers import OptimizerConfig
 from dist_train.run import TrainingConfig
 from dist_train.schedules import ScheduleConfig
 from dist_train.strategies import ExchangeConfig
+from dist_train.tasks.mixing import MixConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which packed set to train and evaluate on, and how its clips are cut."""
 
-    root: Path = Path("shards")
-    """Folder that `reelscale pack` wrote: one subfolder a split."""
+    root: str = "shards"
+    """Folder that `reelscale pack` wrote, one subfolder a split; or its URL: s3://BUCKET/SET, gs://, https://."""
     train_split: str = "train"
     """Split to train on."""
     evaluation_split: str = "val"
     """Split to evaluate on."""
+    more_roots: tuple[str, ...] = ()
+    """More packed sets with the same classes, mixed into training; evaluation stays with `root`."""
+    shares: tuple[float, ...] = ()
+    """Shares of the training clips, of `root` first and then of each of `more_roots`; none: by their sizes."""
     clip: ClipConfig = field(default_factory=ClipConfig)
     """How a video becomes a clip."""
+    mix: MixConfig = field(default_factory=MixConfig)
+    """Mixup and CutMix of training clips, on the device."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """How clips are read."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """How bytes are read: cache, read-ahead, retries."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +113,7 @@ def check(experiment: Experiment, *, world_size: int) -> None:
     training = experiment.training
     for part in (experiment.optimizer, experiment.schedule, training, experiment.exchange, experiment.checkpoint):
         problems += part.problems()
+    problems += experiment.data.mix.problems()
     parts = world_size * max(training.micro_batches, 1)
     if training.batch_clips % parts:
         lower, upper = training.batch_clips // parts * parts, -(-training.batch_clips // parts) * parts
@@ -115,6 +126,10 @@ def check(experiment: Experiment, *, world_size: int) -> None:
         problems.append(
             f"training.ghost_batch_clips is {training.ghost_batch_clips}, but a micro-batch has "
             f"{training.batch_clips // parts} clips, which does not divide into such groups: use a divisor"
+        )
+    elif experiment.data.mix.active and training.batch_clips // parts % 2:
+        problems.append(
+            f"data.mix mixes clips two by two, but a micro-batch has {training.batch_clips // parts}: make it even"
         )
     if problems:
         raise ValueError("; ".join(problems))

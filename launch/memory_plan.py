@@ -15,6 +15,7 @@ from dist_train.memory import Footprint, ModelSize, activation_bytes, footprint
 from dist_train.phases import Task
 from dist_train.recompute import Recomputation
 from dist_train.strategies import StrategyName
+from dist_train.tasks.mixing import MixConfig
 from dist_train.world import World
 from launch.config import Experiment
 from launch.training import Splits, make_task
@@ -141,7 +142,8 @@ def memory_table(plan: MemoryPlan) -> Table:
 def _task_on_meta(experiment: Experiment, splits: Splits, mode: Recomputation, micro_batch: int) -> Task:
     """The experiment's task as one process with one micro-batch has it."""
     training = replace(experiment.training, batch_clips=micro_batch, micro_batches=1, activation_checkpointing=mode)
-    alone = replace(experiment, training=training, model=replace(experiment.model, weights=None))
+    data = replace(experiment.data, mix=MixConfig())  # draws on the host, and keeps nothing for the backward pass
+    alone = replace(experiment, training=training, model=replace(experiment.model, weights=None), data=data)
     with torch.device("meta"):
         return make_task(alone, splits, Collectives(World(device=torch.device("meta"))))
 
@@ -153,7 +155,8 @@ def _activations_a_clip(experiment: Experiment, task: Task, micro_batch: int, pr
         module.to(torch.bfloat16)
         module.register_forward_pre_hook(lambda _, inputs: tuple(tensor.to(torch.bfloat16) for tensor in inputs))
     with torch.device("meta"):
-        shape = (micro_batch, clip.num_segments, 3, clip.crop_size, clip.crop_size)
+        _, frames, height, width, channels = clip.sample_shape(training=True)
+        shape = (micro_batch, frames, channels, height, width)
         batch = SimpleNamespace(
             clips=torch.zeros(shape, dtype=torch.uint8),
             labels=torch.zeros(micro_batch, dtype=torch.long),

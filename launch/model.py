@@ -15,7 +15,7 @@ from models.video import MODELS, build, resolve
 from models.video.checkpoints import from_torchvision, from_tsm_repository
 
 
-def make_model(config: ModelConfig, *, num_classes: int, num_segments: int) -> nn.Module:
+def make_model(config: ModelConfig, *, num_classes: int, num_segments: int, in_channels: int = 3) -> nn.Module:
     """Builds the model with those of the configuration's fields that its function takes.
 
     Raises:
@@ -24,6 +24,7 @@ def make_model(config: ModelConfig, *, num_classes: int, num_segments: int) -> n
     options: dict[str, Any] = {
         "num_classes": num_classes,
         "num_segments": num_segments,
+        "in_channels": in_channels,
         "width": config.width,
         "stem_stride": config.stem_stride,
         "dropout": config.dropout,

@@ -6,6 +6,8 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from data_shards.manifest import Manifest
+from data_shards.mixture import Mixture, as_mixture
 from dist_train.run import steps_left
 from dist_train.strategies import ExchangeConfig
 from dist_train.strategies.buckets import plan_buckets, usual_bucket_bytes
@@ -25,9 +27,11 @@ def plan(experiment: Experiment, *, world_size: int) -> dict[str, str]:
             experiment.model,
             num_classes=len(splits.training.classes),
             num_segments=experiment.data.clip.num_segments,
+            in_channels=experiment.data.clip.in_channels,
         )
-    steps = steps_left(num_samples=len(splits.training), epochs=training.epochs, batch_clips=training.batch_clips)
+    steps = steps_left(num_samples=splits.clips_per_epoch, epochs=training.epochs, batch_clips=training.batch_clips)
     peak = optimizer.peak_learning_rate(training.batch_clips)
+    views = experiment.data.clip.num_views(training=False)
     micro_batch = training.batch_clips // world_size // training.micro_batches
     return {
         "experiment": experiment.name,
@@ -35,13 +39,13 @@ def plan(experiment: Experiment, *, world_size: int) -> dict[str, str]:
         "processes": f"{world_size}, gradients by {experiment.exchange.strategy}" if world_size > 1 else "1",
         "batch": f"{training.batch_clips} clips = {world_size} processes x {training.micro_batches} micro-batches x "
         f"{micro_batch} clips",
-        "steps": f"{steps:,} = {training.epochs:g} epochs of {len(splits.training):,} clips",
+        "steps": f"{steps:,} = {training.epochs:g} epochs of {splits.clips_per_epoch:,} clips",
         "learning rate": f"{peak:g} at the peak ({optimizer.learning_rate_rule} rule from "
         f"{optimizer.base_learning_rate:g} at {optimizer.base_batch_clips} clips); warm-up "
         f"{experiment.schedule.warmup_epochs:g} epochs, "
         f"{experiment.schedule.kind}",
         "training split": _describe(splits.training),
-        "evaluation split": _describe(splits.evaluation),
+        "evaluation split": _describe(splits.evaluation) + (f", each as {views} views" if views > 1 else ""),
         "exchange a step": _exchange(experiment.exchange, model) if world_size > 1 else "none",
     }
 
@@ -77,7 +81,9 @@ def _exchange(config: ExchangeConfig, model: nn.Module) -> str:
     return f"{gradients} in {counts[0]} buckets{fewer}"
 
 
-def _describe(manifest: object) -> str:
-    shards = manifest.shards  # type: ignore[attr-defined]
+def _describe(sets: Manifest | Mixture) -> str:
+    mixture = as_mixture(sets)
+    shards = [shard for manifest in mixture.manifests for shard in manifest.shards]
     size = sum(shard.num_bytes for shard in shards) / 1e6
-    return f"{len(manifest):,} clips in {len(shards)} shards, {size:,.1f} MB"  # type: ignore[arg-type]
+    mixed = f" in {len(mixture.manifests)} sets" if len(mixture.manifests) > 1 else ""
+    return f"{len(mixture):,} clips in {len(shards)} shards{mixed}, {size:,.1f} MB"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from data_shards.clips import ClipConfig, read_clip
 from data_shards.manifest import open_manifest
+from data_shards.storage import below
 from dist_train.ledger.summary import read_ledger
 from launch.console import ProgressLine, console
 from launch.report import write_report
@@ -35,12 +35,12 @@ def print_ledger(run_dir: Path) -> None:
 def clip_images(run_dir: Path, sample_id: int) -> np.ndarray:
     """The frames of an evaluation sample as the model saw them: uint8 `[T, H, W, C]`."""
     config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))["config"]["data"]
-    manifest = open_manifest(Path(config["root"]) / config["evaluation_split"], check_shards=False)
+    manifest = open_manifest(below(config["root"], config["evaluation_split"]), check_shards=False)
     clip, _ = read_clip(manifest, sample_id, clip=_clip_config(config["clip"]), training=False, seed=0, epoch=0)
     return clip.permute(0, 2, 3, 1).numpy()
 
 
 def _clip_config(plain: dict[str, Any]) -> ClipConfig:
-    """A `ClipConfig` back from JSON: fields of another version are left out."""
-    known = {f.name for f in dataclasses.fields(ClipConfig)}
-    return ClipConfig(**{name: value for name, value in plain.items() if name in known})
+    """A `ClipConfig` back from JSON, as far as a single evaluation view goes: the rest is left out."""
+    known = ("num_segments", "sampling", "dense_window_frames", "crop_size", "short_side", "test_crop_size")
+    return ClipConfig(**{name: plain[name] for name in known if name in plain})

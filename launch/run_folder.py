@@ -77,7 +77,8 @@ def _identity(description: dict[str, Any]) -> dict[str, Any]:
         "--training.seed": config["training"]["seed"],
         "--optimizer.name": config["optimizer"]["name"],
         "--data.clip.num-segments": config["data"]["clip"]["num_segments"],
-        **{f"--data.loader.{key.replace('_', '-')}": loader[key] for key in loader if key.startswith("shuffle")},
+        "--data.clip.rgb-differences": config["data"]["clip"].get("rgb_differences", 0),
+        **{f"--data.loader.order.{key.replace('_', '-')}": value for key, value in loader.get("order", {}).items()},
         **{f"--model.{key.replace('_', '-')}": value for key, value in model.items() if key != "weights"},
     }
 

@@ -15,8 +15,12 @@ from typing import Any
 
 import torch
 
+from data_shards.augment.mirror import mirrored_labels
 from data_shards.loader import ClipLoader
 from data_shards.manifest import Manifest, open_manifest
+from data_shards.mixture import Mixture, as_mixture
+from data_shards.sample_order import SampleOrder, make_order
+from data_shards.storage import below, is_url
 from dist_train.batch_norm import apply_batch_norm_mode
 from dist_train.checkpoint import Checkpoint, load_latest
 from dist_train.clocks import Clocks
@@ -38,7 +42,7 @@ from dist_train.watchdog import Watchdog
 from dist_train.world import World
 from launch import run_folder
 from launch.cli import end_process
-from launch.config import Experiment, to_plain
+from launch.config import DataConfig, Experiment, to_plain
 from launch.console import ProgressLine
 from launch.model import make_model
 from launch.monitors import ConsoleMonitor, MetricsFile, WandbMonitor
@@ -51,27 +55,55 @@ logger = logging.getLogger(__name__)
 class Splits:
     """The opened training and evaluation splits of an experiment."""
 
-    training: Manifest
+    training: Manifest | Mixture
     evaluation: Manifest
+    clips_per_epoch: int
+    """Positions of the training stream that make an epoch (`data_shards.sample_order`)."""
 
 
 def open_splits(experiment: Experiment) -> Splits:
     """Opens and checks both splits; ValueError when one is missing or damaged, or their classes differ."""
     data = experiment.data
-    if not data.root.is_dir():
+    if not is_url(data.root) and not Path(data.root).is_dir():
         raise ValueError(f"--data.root {data.root} is not a folder: pack one with `reelscale pack SRC {data.root}`")
+    training = _open_training(data)
     splits = Splits(
-        training=open_manifest(data.root / data.train_split),
-        evaluation=open_manifest(data.root / data.evaluation_split),
+        training=training,
+        evaluation=_open_split(data, data.root, data.evaluation_split),
+        clips_per_epoch=training_order(experiment, training).epoch_positions,
     )
     if splits.training.classes != splits.evaluation.classes:
         raise ValueError(f"the splits of {data.root} have different classes: pack them in one go")
+    mirrored_labels(splits.training.classes, data.clip.flip_label_pairs)
     if len(splits.training) < experiment.training.batch_clips:
         raise ValueError(
-            f"training.batch_clips is {experiment.training.batch_clips} but {data.root / data.train_split} has "
+            f"training.batch_clips is {experiment.training.batch_clips} but {below(data.root, data.train_split)} has "
             f"{len(splits.training)} samples: use a smaller batch"
         )
     return splits
+
+
+def _open_training(data: DataConfig) -> Manifest | Mixture:
+    manifest = _open_split(data, data.root, data.train_split)
+    if not data.more_roots and not data.shares:
+        return manifest
+    return Mixture([manifest, *(_open_split(data, root, data.train_split) for root in data.more_roots)], data.shares)
+
+
+def _open_split(data: DataConfig, root: str, name: str) -> Manifest:
+    return open_manifest(below(root, name), storage=data.storage)
+
+
+def training_order(experiment: Experiment, training: Manifest | Mixture) -> SampleOrder:
+    """Which sample comes at each position of the training stream; ValueError for flags that do not fit together."""
+    sets, config = as_mixture(training), experiment.training
+    return make_order(
+        sets.labels,
+        experiment.data.loader.order,
+        seed=config.seed,
+        global_batch_clips=config.batch_clips,
+        shares=sets.shares,
+    )
 
 
 @contextmanager
@@ -198,9 +230,10 @@ def _assemble(
     if training.precise_batch_norm_clips:
         statistics_loader = _loader(experiment, splits.training, world, training=True)
         parts.callback(statistics_loader.close)
+    _check_batch(experiment, start)
     begin = start.clips_seen if start else 0
     left = steps_left(
-        num_samples=len(splits.training), epochs=training.epochs, batch_clips=training.batch_clips, clips_seen=begin
+        num_samples=splits.clips_per_epoch, epochs=training.epochs, batch_clips=training.batch_clips, clips_seen=begin
     )
     total = (start.step if start else 0) + left
     progress = parts.enter_context(ProgressLine(experiment.name, unit="steps", shown=world.is_first))
@@ -227,15 +260,31 @@ def _assemble(
             experiment.optimizer.base_learning_rate / experiment.optimizer.peak_learning_rate(training.batch_clips), 1.0
         ),
         checkpoint=experiment.checkpoint,
-        checkpoint_meta={"experiment": experiment.name, "run_id": run_id, "world_size": world.world_size},
+        checkpoint_meta={
+            "experiment": experiment.name,
+            "run_id": run_id,
+            "world_size": world.world_size,
+            "batch_clips": training.batch_clips,
+        },
         evaluation_split=experiment.data.evaluation_split,
-        weighted=experiment.data.loader.on_bad_sample == "skip",
+        weighted=experiment.data.loader.on_bad_sample == "skip" or experiment.data.loader.order.tail == "pad",
         on_step=lambda step: progress.update(step, total),
         on_evaluation_batch=lambda clips: progress.meanwhile(f"evaluating, {clips} clips done"),
     )
 
 
-def _loader(experiment: Experiment, manifest: Manifest, world: World, *, training: bool) -> ClipLoader:
+def _check_batch(experiment: Experiment, start: Checkpoint | None) -> None:
+    """Epochs of whole batches lie elsewhere in the stream when the batch has another size."""
+    tail, clips = experiment.data.loader.order.tail, experiment.training.batch_clips
+    before = start.meta.get("batch_clips", clips) if start else clips
+    if tail != "wrap" and before != clips:
+        raise ValueError(
+            f"training.batch_clips is {clips}, the run began with {before}: with data.loader.order.tail {tail} the "
+            f"epochs go with the batch, so it cannot change on the way; use {before}"
+        )
+
+
+def _loader(experiment: Experiment, manifest: Manifest | Mixture, world: World, *, training: bool) -> ClipLoader:
     config = experiment.training
     return ClipLoader(
         manifest,
@@ -248,6 +297,7 @@ def _loader(experiment: Experiment, manifest: Manifest, world: World, *, trainin
         micro_batches=config.micro_batches,
         seed=config.seed,
         pin_memory=world.device.type == "cuda",
+        local_world_size=world.local_world_size,
     )
 
 
@@ -258,6 +308,7 @@ def make_task(experiment: Experiment, splits: Splits, collectives: Collectives) 
         experiment.model,
         num_classes=len(splits.training.classes),
         num_segments=experiment.data.clip.num_segments,
+        in_channels=experiment.data.clip.in_channels,
     )
     layout = torch.channels_last if training.channels_last else torch.contiguous_format
     model = model.to(device=collectives.world.device, memory_format=layout)  # type: ignore[call-overload]
@@ -267,7 +318,12 @@ def make_task(experiment: Experiment, splits: Splits, collectives: Collectives) 
     apply_recomputation(model, training.activation_checkpointing)
     peak = optimizer.peak_learning_rate(training.batch_clips)
     return VideoClassification(
-        model, make_optimizer(optimizer, model, learning_rate=peak), label_smoothing=training.label_smoothing
+        model,
+        make_optimizer(optimizer, model, learning_rate=peak),
+        label_smoothing=training.label_smoothing,
+        num_differences=experiment.data.clip.rgb_differences,
+        mixing=experiment.data.mix,
+        seed=training.seed,
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from data_shards.storage import is_url
 from dist_train.placement import Placement, find_placement
 from dist_train.rendezvous import Transport, check_transport
 from launch.cli import say
@@ -45,8 +46,17 @@ class TrainCommand(Experiment):
     def experiment(self) -> Experiment:
         """The experiment alone, with the data's place made absolute."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(Experiment)}
-        data = dataclasses.replace(self.data, root=self.data.root.expanduser().resolve())
+        data, storage = self.data, self.data.storage
+        if storage.cache_folder is not None:
+            storage = dataclasses.replace(storage, cache_folder=storage.cache_folder.expanduser().resolve())
+        roots = tuple(map(_absolute, (data.root, *data.more_roots)))
+        data = dataclasses.replace(data, root=roots[0], more_roots=roots[1:], storage=storage)
         return Experiment(**{**fields, "data": data})
+
+
+def _absolute(root: str) -> str:
+    """A folder from wherever the command was called; a URL as it is."""
+    return root if is_url(root) else str(Path(root).expanduser().resolve())
 
 
 def run(arguments: Sequence[str]) -> int:

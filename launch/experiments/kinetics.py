@@ -6,7 +6,6 @@ each docstring says what is sourced and what is assumed.
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from data_shards.clips import ClipConfig
 from data_shards.loader import LoaderConfig
@@ -30,9 +29,9 @@ def kinetics_tsm() -> Experiment:
     return Experiment(
         name="kinetics_tsm",
         data=DataConfig(
-            root=Path("kinetics400"),
+            root="kinetics400",
             clip=ClipConfig(num_segments=8, crop_size=224, short_side=256, horizontal_flip=True),
-            loader=LoaderConfig(num_workers=8, on_bad_sample="skip"),
+            loader=LoaderConfig(num_workers="auto", on_bad_sample="skip"),
         ),
         model=ModelConfig(name="tsm_resnet50", dropout=0.5),
         optimizer=OptimizerConfig(

@@ -112,8 +112,9 @@ def test_a_full_disk_while_packing_leaves_nothing_half_made(tmp_path, motion_cli
     with _small_disk(disk, "600k"):
         line = one_line_of(reelscale("pack", motion_clips, disk / "out"))
         assert "the disk is full" in line
+        assert "the same command again" in line
         assert not (disk / "out").exists()
-        assert not list(disk.rglob("*.tar"))
+        assert not list((disk / "out.partial").rglob("*.tar.partial"))
 
 
 # -- training --------------------------------------------------------------------------------------------

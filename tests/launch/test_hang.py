@@ -91,6 +91,7 @@ def _wait_for_steps(tmp_path: Path, process: subprocess.Popen[str]) -> None:
 NO_WORKERS = "--data.loader.num-workers=0"
 
 
+@pytest.mark.thorough
 def test_a_rank_that_hangs_in_the_users_code_is_named_with_the_line(tmp_path, motion_shards):
     line = _ended(_start(tmp_path, motion_shards, NO_WORKERS, fault="time.sleep(600)"))
     assert "step 4, phase classify, " in line

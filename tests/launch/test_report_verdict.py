@@ -127,6 +127,19 @@ def test_terminal_shares_of_a_rank_add_up_to_its_wall_time(tmp_path: Path) -> No
     assert sum(shares) == pytest.approx(100.0)
 
 
+def test_terminal_says_what_was_read_from_which_tier_of_storage(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", SyntheticRun(world_size=1, num_steps=2))
+    path = run / "ledger" / "rank_00000.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if line.get("name") == "step":
+            line["workers"] |= {"read_cache_bytes": 1e6, "read_cache_seconds": 0.02, "read_remote_bytes": 2e6}
+            line["workers"]["read_remote_seconds"] = 0.5
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = "\n".join(printed(read_ledger(run)))
+    assert "Read 2.00 MB from cache in 40 ms, 4.00 MB from remote in 1.00 s" in text
+
+
 def test_terminal_names_the_attempt_it_shows(tmp_path: Path) -> None:
     summary = read_ledger(make_run(tmp_path / "run", SyntheticRun(attempts=2, num_steps=20)))
     assert "10 steps, attempt 1" in printed(summary)[0]

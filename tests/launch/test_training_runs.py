@@ -105,7 +105,9 @@ def test_twenty_steps_on_two_processes_are_those_of_one_with_the_whole_batch(tmp
                 torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5, msg=f"{strategy}: {name}")
 
 
-@pytest.mark.parametrize("by", ["SIGTERM to the supervisor", "Ctrl-C in a terminal"])
+@pytest.mark.parametrize(
+    "by", ["SIGTERM to the supervisor", pytest.param("Ctrl-C in a terminal", marks=pytest.mark.thorough)]
+)
 def test_a_stop_request_saves_and_can_be_continued(tmp_path, small, by):
     process = start("train", "motion_tsm", *small, f"--run-dir={tmp_path / 'run'}", "--nproc=2", *QUICK, CHECKPOINTS)
     _wait_for_checkpoint(tmp_path / "run", process)
@@ -140,6 +142,7 @@ def _launched(launcher: list[str], run_dir: Path, small: list[str]) -> subproces
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment())
 
 
+@pytest.mark.thorough
 def test_torchrun_and_mpirun_give_the_bits_of_nproc(tmp_path, small):
     succeeded(_train(tmp_path / "local", small, nproc=2))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
@@ -210,6 +213,7 @@ def test_a_users_own_experiment_is_found_and_ledger_and_journal_can_be_switched_
     assert not (run_dir / "journal").exists()
 
 
+@pytest.mark.thorough
 def test_the_real_set_packs_and_its_loss_falls_on_two_processes(tmp_path, tennis7):
     succeeded(reelscale("pack", tennis7, tmp_path / "shards"))
     flags = [
