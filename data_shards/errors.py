@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+FILE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+"""The kinds of OSError that are one file's: others can be read."""
+
 
 class DataError(ValueError):
     """Bad input in the data; the message says what, the value, where, and what to do next."""
