@@ -57,11 +57,6 @@ def open_remote(url: str, config: StorageConfig, *, check_shards: bool) -> Manif
     header = check_header(content, f"{storage.root}/{MANIFEST_NAME}")
     shards = shards_of(header, f"{storage.root}/{MANIFEST_NAME}")
     folder = _folder_of_copies(config) / _copy_name(storage.root, header["samples_crc32"])
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        advice = "give a folder on a disk of this node with --data.storage.cache-folder"
-        raise type(error)(error.errno, f"{error.strerror}: {folder} cannot be made; {advice}") from None
     with _alone_in(folder):
         if not _is_whole(folder, content, header, check_shards):
             _copy(storage, folder, content, header, shards)
@@ -153,7 +148,13 @@ def _copy_name(url: str, samples_crc32: int) -> str:
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """No other process of this node is in here; one that is killed lets go."""
-    with (folder / ".lock").open("w") as lock:
+    """No other process of this node is in here; one that is killed lets go. Makes the folder where it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        advice = "give a folder of yours on a disk of this node with --data.storage.cache-folder"
+        raise type(error)(error.errno, f"{error.strerror}: {folder} cannot be written to; {advice}") from None
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -35,14 +35,11 @@ class ShardOrder:
     """Readers over all ranks and their workers; each tar of an epoch goes to one of them."""
     shuffle_samples: int
     """Samples in the shuffle buffer of a reader."""
-    training: bool = True
-    """In a new random order every epoch; otherwise as the tars have them."""
 
     def of_epoch(self, epoch: int, reader: int) -> list[str]:
-        """The tars of reader `reader` in an epoch, in its order."""
+        """The tars of reader `reader` in an epoch, in its order: another one every epoch."""
         urls = list(self.urls)
-        if self.training:
-            random.Random(f"{self.seed} {epoch}").shuffle(urls)
+        random.Random(f"{self.seed} {epoch}").shuffle(urls)
         return urls[reader :: self.num_readers]
 
 
@@ -67,7 +64,7 @@ class StreamReader:
         epoch = 0
         while True:
             samples: Iterator[Sample] = self._samples(self._order.of_epoch(epoch, self._reader))
-            if self._order.training and self._order.shuffle_samples > 1:
+            if self._order.shuffle_samples > 1:
                 generator = random.Random(f"{self._order.seed} {epoch} {self._reader}")
                 samples = shuffle(self._order.shuffle_samples, initial=self._order.shuffle_samples, rng=generator)(
                     samples

@@ -2,7 +2,7 @@
 
 In every so many steps the 2-norm of each parameter's local gradient is taken as it becomes ready, before the exchange
 replaces it by the mean over the ranks, and the norm of the mean once it is there. The squares stay on the device until
-the loop logs; then one small all-reduce averages the ranks' own. With one rank the first micro-batch is the small batch.
+the loop logs; then one small all-reduce averages the ranks' own. With one rank its first micro-batch is the small one.
 
     noise = GradientNoise(task.phases, collectives, every_steps=4, batch_clips=256, micro_batches=1)
     noise.begins(phase, step, exchanges=True)        # before a phase's first micro-batch

@@ -109,7 +109,8 @@ class BlockCache:
         """Count bytes that are about to be written; False where there is no room for them.
 
         The account may err upwards (a kill between counting and writing, one block from two writers) and is made right
-        when it says that the cache is full.
+        when it says that the cache is full; what others are writing at that moment is then not in it, so that the
+        cache can exceed its size by that.
         """
         with _locked(self._account) as account:
             noted = os.pread(account, 8, 0)

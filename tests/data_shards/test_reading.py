@@ -36,10 +36,9 @@ def test_a_read_that_returns_less_goes_on(manifest, monkeypatch):
         assert reader.read(7) == CONTENTS["clip_7"]
 
 
-def test_few_files_stay_open_and_none_after_close(manifest, monkeypatch):
-    monkeypatch.setattr(local, "_MAX_OPEN_FILES", 2)
+def test_few_files_stay_open_and_none_after_close(manifest):
     before = num_open_files()
-    reader = ShardReader(manifest)
+    reader = ShardReader(manifest, local.LocalStorage(manifest.root, max_open_files=2))
     for sample_id in (*range(10), 0, 9):
         reader.read(sample_id)
         assert num_open_files() <= before + 2

@@ -244,10 +244,16 @@ def test_damage_on_the_way_is_found_by_the_samples_checksum(server, config):
         reader.read(0)
 
 
-def test_a_cache_folder_that_cannot_be_made_is_named(server, config, tmp_path):
+def test_a_cache_folder_that_cannot_be_written_to_is_named(server, config, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match=r"file/cache/.* cannot be made; give a folder on a disk of this node"):
+    advice = "cannot be written to; give a folder of yours on a disk of this node"
+    with pytest.raises(NotADirectoryError, match=rf"file/cache/.* {advice}"):
         open_train(server, replace(config, cache_folder=tmp_path / "file" / "cache"))
+    copy = open_train(server, config).root
+    (copy / ".lock").unlink()
+    (copy / ".lock").mkdir()  # as somebody else's lock, which root could write to
+    with pytest.raises(IsADirectoryError, match=rf"{copy} {advice}"):
+        open_train(server, config)
 
 
 def test_a_folder_of_somebody_else_is_not_used_for_copies(server, monkeypatch, tmp_path):
