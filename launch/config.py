@@ -14,6 +14,7 @@ from typing import Any, Literal
 from data_shards.clips import ClipConfig
 from data_shards.loader import LoaderConfig
 from data_shards.storage import StorageConfig
+from data_shards.storage.urls import is_url
 from dist_train.checkpoint import CheckpointConfig
 from dist_train.optimizers import OptimizerConfig
 from dist_train.run import TrainingConfig
@@ -130,6 +131,14 @@ def check(experiment: Experiment, *, world_size: int) -> None:
     elif experiment.data.mix.active and training.batch_clips // parts % 2:
         problems.append(
             f"data.mix mixes clips two by two, but a micro-batch has {training.batch_clips // parts}: make it even"
+        )
+    patience = experiment.data.loader.worker_timeout_seconds
+    longest = experiment.data.storage.longest_seconds()
+    if is_url(experiment.data.root) and longest >= patience:
+        problems.append(
+            f"data.storage may try for {longest:.0f} s before it gives up, but a worker is ended after "
+            f"data.loader.worker_timeout_seconds={patience:.0f}: raise that, or lower data.storage.num_attempts or "
+            "timeout_seconds"
         )
     if problems:
         raise ValueError("; ".join(problems))

@@ -8,6 +8,8 @@ from math import inf
 from pathlib import Path
 from typing import Literal, Protocol
 
+from data_shards.storage.retries import Backoff
+
 TIERS = ("disk", "cache", "remote")
 """Where bytes come from: a file of the split itself, the node's cache of a remote file, the network."""
 
@@ -94,3 +96,7 @@ class StorageConfig:
         ]
         if problems:
             raise ValueError("storage: " + "; ".join(problems))
+
+    def longest_seconds(self) -> float:
+        """How long a request may take with all its attempts and pauses, before it ends in an error."""
+        return self.num_attempts * self.timeout_seconds + Backoff().longest_seconds(self.num_attempts)

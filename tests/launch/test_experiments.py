@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from data_shards.storage import StorageConfig
 from dist_train.schedules import learning_rate_factor
 from launch.config import check
 from launch.experiments import EXPERIMENTS, make_experiment
@@ -64,3 +67,13 @@ def test_the_study_has_eight_clips_on_each_of_its_gpus():
     check(study, world_size=fewer)
     with pytest.raises(ValueError, match="does not divide into such groups"):
         check(study, world_size=1024)
+
+
+def test_a_network_may_not_be_waited_for_longer_than_a_worker():
+    base = make_experiment("video_tsm")
+    slow = StorageConfig(num_attempts=10, timeout_seconds=60)
+    remote = replace(base, data=replace(base.data, root="s3://bucket/set", storage=slow))
+    with pytest.raises(ValueError, match=r"data\.storage may try for 7\d\d s .*worker_timeout_seconds=300"):
+        check(remote, world_size=1)
+    check(replace(base, data=replace(base.data, storage=slow)), world_size=1)
+    check(replace(base, data=replace(base.data, root="s3://bucket/set")), world_size=1)
