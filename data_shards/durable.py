@@ -92,6 +92,8 @@ def refuse_existing(folder: Path) -> None:
 def lock_folder(descriptor: int, folder: Path, partial: Path) -> None:
     """Hold `partial`, open as `descriptor`, for this process alone while it writes `folder`.
 
+    `descriptor` may be that of a file in it that is open for writing: NFS locks nothing else.
+
     Raises RuntimeError where another process holds it.
     """
     try:

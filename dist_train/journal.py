@@ -70,10 +70,10 @@ def certify(run_dir: Path, *, num_samples: int, num_epochs: int) -> list[EpochCe
     Memory: two bytes for each sample of each epoch; the journals are read a line at a time.
 
     Raises:
-        ValueError: no journal in the folder.
+        ValueError: no journal in the folder, or one of another set.
     """
     visits = np.zeros((num_epochs, num_samples), dtype=np.uint16)
-    for positions, samples in _trained(run_dir, num_positions=num_epochs * num_samples):
+    for positions, samples in _trained(run_dir, num_positions=num_epochs * num_samples, num_samples=num_samples):
         np.add.at(visits, (positions // num_samples, samples), 1)
     return [
         EpochCertificate(
@@ -117,12 +117,12 @@ def certify_stream(
     positions (int64 [N]) to sample ids, -1 where nothing should be trained on. Memory: one byte a position.
 
     Raises:
-        ValueError: no journal in the folder.
+        ValueError: no journal in the folder, or one of another set.
     """
     seen = np.zeros(num_positions, dtype=np.uint8)
     visits = np.zeros(num_samples, dtype=np.int64)
     num_repeated = num_others = 0
-    for positions, samples in _in_chunks(_trained(run_dir, num_positions=num_positions)):
+    for positions, samples in _in_chunks(_trained(run_dir, num_positions=num_positions, num_samples=num_samples)):
         num_others += int((order(positions) != samples).sum())
         num_repeated += int(seen[positions].sum()) + len(positions) - len(np.unique(positions))
         seen[positions] = 1
@@ -138,7 +138,7 @@ def certify_stream(
     )
 
 
-def _trained(run_dir: Path, *, num_positions: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _trained(run_dir: Path, *, num_positions: int, num_samples: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(positions, samples) below `num_positions` of each line that counts, not redone by a later attempt."""
     files = sorted((run_dir / "journal").glob("rank_*.jsonl"))
     if not files:
@@ -153,7 +153,13 @@ def _trained(run_dir: Path, *, num_positions: int) -> Iterator[tuple[np.ndarray,
                 continue
             positions = np.asarray(line["positions"], dtype=np.int64)
             counted = positions < min(limit, num_positions)
-            yield positions[counted], np.asarray(line["samples"], dtype=np.int64)[counted]
+            samples = np.asarray(line["samples"], dtype=np.int64)[counted]
+            if samples.max(initial=0) >= num_samples:
+                raise ValueError(
+                    f"{path} names sample {samples.max()}, the training split has {num_samples}: the run has trained "
+                    "on another set"
+                )
+            yield positions[counted], samples
 
 
 def _in_chunks(lines: Iterator[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:

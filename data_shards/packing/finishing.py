@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,7 @@ def finish_splits(form: Form, source: Source, plan: Plan, journal: Journal) -> d
             )
             num_samples += size
         if not shards:
-            folder.rmdir()
+            shutil.rmtree(folder)  # with the manifest of a run that was killed, and whose samples are bad now
             continue
         samples = np.concatenate(tables)
         write_manifest(folder, split=split, classes=source.classes, shards=shards, samples=samples, form=form)

@@ -3,6 +3,7 @@
     DST.partial/plan.json                        settings, the checksum of the list of samples, samples of each shard
     DST.partial/packed/SPLIT/shard-000000.tar    whole, or named .partial while it is written
     DST.partial/records/SPLIT-000000.json        comes after its tar: a shard with a record is finished
+    DST.partial/lock                             held by the run that packs
 
 `packed` is renamed to DST at the end, and the rest removed.
 """
@@ -14,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from data_shards.packing.planning import PlannedShard
 from data_shards.packing.records import ShardRecord, read_record, stamp_of
 
 PLAN_NAME = "plan.json"
+LOCK_NAME = "lock"
 _FORMAT = "reelscale-pack-plan"
 
 
@@ -120,8 +122,9 @@ class Journal:
         return OSError(error.errno, f"{what}{where}: {kept}; run the same command again to go on")
 
     def discard(self) -> None:
-        """Remove everything."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove everything, what says whose it is last."""
+        for folder in (self.packed, self._records, self.folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -136,12 +139,12 @@ def open_journal(destination: Path) -> Iterator[Journal]:
     _finish_publishing(destination, folder)
     refuse_existing(destination)
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    ours = (folder / PLAN_NAME).exists() and _is_plan(folder / PLAN_NAME)
+    if not ours and not {path.name for path in folder.iterdir()} <= {PLAN_NAME + ".partial", LOCK_NAME}:
+        raise ValueError(f"{folder} exists and was not begun by reelscale pack; move it away")
+    descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         lock_folder(descriptor, destination, folder)
-        ours = (folder / PLAN_NAME).exists() and _is_plan(folder / PLAN_NAME)
-        if not ours and any(path.name != PLAN_NAME + ".partial" for path in folder.iterdir()):
-            raise ValueError(f"{folder} exists and was not begun by reelscale pack; move it away")
         try:
             yield Journal(destination, folder)
         finally:
@@ -149,12 +152,15 @@ def open_journal(destination: Path) -> Iterator[Journal]:
                 shutil.rmtree(folder, ignore_errors=True)  # nothing was decided, nothing is lost
     finally:
         os.close(descriptor)
+        with suppress(OSError):
+            folder.rmdir()  # if it is empty: NFS keeps a file that was removed until it is closed
 
 
 def _finish_publishing(destination: Path, folder: Path) -> None:
     """A kill after the set was made visible has left the records of it: remove them."""
-    if destination.is_dir() and folder.is_dir() and {path.name for path in folder.iterdir()} <= {PLAN_NAME, "records"}:
-        shutil.rmtree(folder)
+    left = {PLAN_NAME, LOCK_NAME, "records"}
+    if destination.is_dir() and folder.is_dir() and {path.name for path in folder.iterdir()} <= left:
+        shutil.rmtree(folder, ignore_errors=True)  # that run may be doing so now
 
 
 def _is_plan(path: Path) -> bool:

@@ -31,13 +31,21 @@ _FEW = 256  # files for which starting threads takes longer than asking
 
 
 def walk(root: Path, wanted: Callable[[str], bool]) -> list[tuple[str, ...]]:
-    """The files below `root` with `wanted` names, as parts of relative paths, sorted; hidden folders are left out."""
+    """The files below `root` with `wanted` names, as parts of relative paths, sorted; hidden folders are left out.
+
+    Raises OSError where a folder cannot be read.
+    """
     found = []
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    for folder, subfolders, names in os.walk(root, onerror=_raise, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != "lost+found"]
         parts = Path(folder).relative_to(root).parts
         found += [(*parts, name) for name in names if wanted(name)]
     return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    """By itself `os.walk` leaves out in silence what it cannot read."""
+    raise error
 
 
 def sizes_of(paths: Sequence[Path]) -> Iterator[int]:

@@ -32,6 +32,19 @@ _SERIES = ("image_", "img_", "frame_", "")  # first that is there; others (flow_
 _FRAME_NAME = re.compile(r"(.*?)(\d+)(\.\w+)")
 
 
+class PictureFiles(Sequence[bytes]):
+    """Picture files, each read when it is taken: of a video of which few frames are stored, few are read."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, number: int) -> bytes:  # type: ignore[override]
+        return self._paths[number].read_bytes()
+
+
 @dataclass(frozen=True, slots=True)
 class FrameFolder(PictureContent):
     """A folder with one numbered picture a frame."""
@@ -45,7 +58,7 @@ class FrameFolder(PictureContent):
         return str(self.path)
 
     def read(self) -> Sequence[bytes]:
-        """The pictures in order, counted from 1, or from 0 where there is a picture 0.
+        """The pictures in order, counted from 1, or from 0 where there is a picture 0; each is read when it is taken.
 
         Raises DataError where the folder holds no series of pictures, or not all of it.
         """
@@ -66,7 +79,7 @@ class FrameFolder(PictureContent):
             if number not in by_number:
                 raise DataError(f"frame {number} is missing: the list says {self.num_frames} frames from {first}")
         wanted = range(first, first + self.num_frames)
-        return [(self.path / by_number[number]).read_bytes() for number in wanted]
+        return PictureFiles([self.path / by_number[number] for number in wanted])
 
 
 def read_lists(lists: Sequence[Path], base: Path | None, class_names: tuple[str, ...] | None) -> Source:

@@ -93,7 +93,7 @@ def _read(root: Path, base: Path | None, names: tuple[str, ...] | None, workers:
     if lists := find_lists(root):
         return read_lists(lists, base, names)
     if base is not None:
-        raise PackError(f"{root} is a folder of videos: a folder of the videos ({base}) is for a CSV only")
+        raise PackError(f"{root} is a folder of videos: a folder of the videos ({base}) is for a CSV or a list")
     return read_folder(root)
 
 

@@ -54,8 +54,8 @@ class _Member:
 
 
 @dataclass(frozen=True, slots=True)
-class TarVideo(VideoContent):
-    """A video file in a tar, and the JSON beside it."""
+class _TarContent:
+    """The payload of a sample, and the JSON beside it."""
 
     member: _Member
     facts: _Member | None
@@ -72,44 +72,38 @@ class TarVideo(VideoContent):
         return self.member.path
 
     @property
-    def suffix(self) -> str:
-        """See `Content.suffix`."""
-        return Path(self.member.name).suffix
-
-    @property
-    def num_meta_bytes(self) -> int:  # type: ignore[override]
+    def num_meta_bytes(self) -> int:
         """See `Content.num_meta_bytes`."""
         return 0 if self.facts is None else self.facts.size
-
-    def read(self) -> bytes:
-        """The whole file."""
-        return self.member.bytes()
 
     def more_meta(self) -> dict[str, Any]:
         """The JSON member that the sample has in the source, as it is."""
         if self.facts is None:
             return {}
+        text = self.facts.bytes()
         try:
-            return {"source": json.loads(self.facts.bytes())}
+            return {"source": json.loads(text)}
         except ValueError as error:  # one too large to be looked at before
             raise DataError(f"{self.facts.name} is not JSON ({error})") from None
 
 
 @dataclass(frozen=True, slots=True)
-class TarImage(PictureContent):
+class TarVideo(_TarContent, VideoContent):  # type: ignore[override]  # num_meta_bytes is a property here
+    """A video file in a tar."""
+
+    @property
+    def suffix(self) -> str:
+        """See `Content.suffix`."""
+        return Path(self.member.name).suffix
+
+    def read(self) -> bytes:
+        """The whole file."""
+        return self.member.bytes()
+
+
+@dataclass(frozen=True, slots=True)
+class TarImage(_TarContent, PictureContent):  # type: ignore[override]
     """A picture in a tar."""
-
-    member: _Member
-
-    @property
-    def path(self) -> Path:
-        """See `Content.path`."""
-        return self.member.path
-
-    @property
-    def where(self) -> str:
-        """See `Content.where`."""
-        return f"{self.member.path}:{self.member.name}"
 
     def read(self) -> Sequence[bytes]:
         """The one picture, still encoded."""
@@ -253,7 +247,7 @@ def _sample(root: Path, key: str, group: Sequence[tuple[_Member, bytes]]) -> _Fo
     number, class_name = _label(by_suffix.get(".cls", (None, b""))[1], _json(facts, text))
     content: TarVideo | TarImage | None = None
     if payload is not None:
-        content = TarVideo(payload, facts) if is_video(payload.name) else TarImage(payload)
+        content = (TarVideo if is_video(payload.name) else TarImage)(payload, facts)
     return _Found(
         name=f"{group[0][0].path.relative_to(root).as_posix()}/{key}",
         content=content,

@@ -67,8 +67,8 @@ def run(arguments: Sequence[str]) -> int:
             result = pack(config, progress=_Rate(line))
     except KeyboardInterrupt as stop:
         partial = beside(config.destination, ".partial")
-        if partial.exists():
-            sys.stderr.write(f"stopped; finished shards are kept in {partial}, the same command goes on from there\n")
+        kept = f"finished shards are kept in {partial}, the same command goes on from there"
+        sys.stderr.write(f"stopped; {kept if partial.exists() else 'no shard was begun'}\n")
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     for warning in result.warnings:
         logger.warning("%s", warning)
@@ -136,7 +136,8 @@ def _summary(result: PackResult) -> str:
     lines = [f"{result.destination}: {classes:,} {'class' if classes == 1 else 'classes'}"]
     for name, split in result.splits.items():
         lines.append(
-            f"  {name:<6} {split.num_samples:>9,} {result.unit}  {split.num_shards:>6,} shards  "
+            f"  {name:<6} {split.num_samples:>9,} {result.unit}  {split.num_shards:>6,} "
+            f"{'shard' if split.num_shards == 1 else 'shards'}  "
             f"{split.num_bytes / 1e6:>10,.1f} MB"
         )
     if result.rejected:

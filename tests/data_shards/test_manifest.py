@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from data_shards.manifest import (
     Manifest,
     ManifestError,
     Shard,
+    check_samples,
     open_manifest,
     samples_dtype,
     write_manifest,
@@ -165,6 +167,25 @@ def test_samples_that_point_beyond_a_shard_are_refused(manifest: Manifest):
     samples["offset"][4] = 1 << 40
     write_manifest(manifest.root, split="train", classes=manifest.classes, shards=manifest.shards, samples=samples)
     assert "an offset that manifest.json does not have" in refusal(manifest.root)
+
+
+def test_checking_the_samples_takes_the_memory_of_a_shard(monkeypatch, tmp_path: Path):
+    samples = np.zeros(200_000, samples_dtype(4))
+    samples["shard"] = np.repeat(np.arange(200), 1000)
+    shards = tuple(
+        Shard(name=f"{number}.tar", num_samples=1000, num_bytes=1, first_sample=1000 * number) for number in range(200)
+    )
+    monkeypatch.setattr("data_shards.manifest.crc32_of_file", lambda _: 0)  # it reads 4 MB at a time
+    header = {"classes": ["a"], "samples_crc32": 0}
+    tracemalloc.start()
+    try:
+        check_samples(tmp_path, header, shards, samples)
+        assert tracemalloc.get_traced_memory()[1] < 200_000, "less than a byte a sample"
+    finally:
+        tracemalloc.stop()
+    samples["label"][-1] = 1
+    with pytest.raises(ManifestError, match="names a label"):
+        check_samples(tmp_path, header, shards, samples)
 
 
 def test_a_missing_shard_is_named(manifest: Manifest):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -13,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.durable import lock_folder
 from data_shards.errors import PackError
 from data_shards.manifest import open_manifest
 from data_shards.motion import MotionConfig, encode_h264, render_clip
@@ -177,6 +177,25 @@ def test_an_error_of_the_disk_names_the_file_that_was_read(source: Path, tmp_pat
     assert caught.value.errno == errno.EIO
 
 
+def test_a_split_whose_videos_have_become_bad_is_not_there(source: Path, tmp_path: Path, monkeypatch):
+    for path in sorted((source / "class0").glob("v*.mp4")):
+        put(tmp_path / "source" / "train" / "a" / path.name, path.read_bytes())
+        put(tmp_path / "source" / "val" / "a" / path.name, path.read_bytes())
+    config = config_of(tmp_path / "source", tmp_path / "packed")
+    with monkeypatch.context() as patch:
+
+        def stop(_: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr("data_shards.packing.journal.Journal.publish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pack(config)
+    for path in (tmp_path / "source" / "val" / "a").iterdir():
+        path.write_bytes(b"no video any more")
+    assert pack(config).splits.keys() == {"train"}
+    assert not (tmp_path / "packed" / "val").exists()
+
+
 def test_an_error_without_a_number_keeps_its_words(source: Path, tmp_path: Path):
     with pytest.raises(OSError, match="the network is gone: 0 of 4 shards"):
         pack(config_of(source, tmp_path / "packed"), progress=stop_at(1, OSError("the network is gone")))
@@ -278,15 +297,27 @@ def test_a_folder_of_something_else_is_refused(source: Path, tmp_path: Path):
 
 
 def test_two_runs_of_one_set_do_not_meet(source: Path, tmp_path: Path):
-    began(source, tmp_path)
-    folder = tmp_path / "packed.partial"
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        lock_folder(descriptor, tmp_path / "packed", folder)
+    config = config_of(source, tmp_path / "packed")
+
+    def meet(_: PackProgress) -> None:
         with pytest.raises(RuntimeError, match=r"another process is writing .*packed"):
-            pack(config_of(source, tmp_path / "packed"))
-    finally:
-        os.close(descriptor)
+            pack(config)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(config, progress=meet)
+
+
+def test_two_runs_of_one_set_do_not_meet_on_nfs(source: Path, tmp_path: Path, monkeypatch):
+    lock = fcntl.flock
+
+    def lock_as_nfs(descriptor: int, how: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))  # flock(2): it must be open for writing
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock_as_nfs)
+    test_two_runs_of_one_set_do_not_meet(source, tmp_path)
 
 
 def test_a_source_that_cannot_be_read_leaves_nothing(tmp_path: Path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -88,7 +90,7 @@ def test_an_absent_source_is_named(tmp_path: Path):
     assert "nowhere does not exist" in refusal(tmp_path / "nowhere")
     touch(tmp_path, "a/1.mp4")
     assert "the folder of the videos" in refusal(tmp_path, videos=tmp_path / "nowhere")
-    assert "is for a CSV only" in refusal(tmp_path, videos=tmp_path)
+    assert "is for a CSV or a list" in refusal(tmp_path, videos=tmp_path)
 
 
 def test_a_csv_is_read_with_numbers_quotes_and_other_columns(tmp_path: Path):
@@ -221,3 +223,17 @@ def test_impossible_shares_are_refused(tmp_path: Path):
     touch(tmp_path, "a/1.mp4")
     assert "val_fraction 0.6 and test_fraction 0.4" in refusal(tmp_path, val_fraction=0.6, test_fraction=0.4)
     assert "val_fraction -0.1" in refusal(tmp_path, val_fraction=-0.1)
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_and_not_left_out(tmp_path: Path, monkeypatch):
+    touch(tmp_path, "a/1.mp4", "b/2.mp4", "lost+found/3.mp4")
+    scandir = os.scandir
+
+    def scan(folder: str) -> object:
+        if Path(folder).name in ("b", "lost+found"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    with pytest.raises(PermissionError, match="b'"):
+        read_source(tmp_path)

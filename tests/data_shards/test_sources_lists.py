@@ -9,7 +9,8 @@ import PIL.Image
 import pytest
 
 from data_shards.errors import DataError, PackError
-from data_shards.forms.encoding import EncodingConfig
+from data_shards.forms.encoding import EncodingConfig, encode_sample
+from data_shards.forms.frames_file import read_table
 from data_shards.forms.opening import open_frames
 from data_shards.forms.payload import MemoryPayload
 from data_shards.manifest import open_manifest
@@ -41,19 +42,28 @@ def found(source: Source) -> set[tuple[str, str, str]]:
 def test_frames_are_read_in_the_order_of_their_numbers_from_1(tmp_path: Path, pattern: str):
     frames = frames_in(tmp_path / "clip", [pattern.format(number) for number in range(1, 13)])
     (tmp_path / "clip" / "notes.txt").write_text("not a frame")
-    assert FrameFolder(tmp_path / "clip", 12).read() == frames
-    assert FrameFolder(tmp_path / "clip", 5).read() == frames[:5], "the list says how many"
+    assert list(FrameFolder(tmp_path / "clip", 12).read()) == frames
+    assert list(FrameFolder(tmp_path / "clip", 5).read()) == frames[:5], "the list says how many"
 
 
 def test_frames_are_counted_from_0_where_there_is_a_frame_0(tmp_path: Path):
     frames = frames_in(tmp_path / "clip", [f"img_{number:05d}.jpg" for number in range(4)])
-    assert FrameFolder(tmp_path / "clip", 4).read() == frames
+    assert list(FrameFolder(tmp_path / "clip", 4).read()) == frames
+
+
+def test_frames_that_are_not_stored_are_not_read(tmp_path: Path):
+    frames_in(tmp_path / "clip", [f"img_{number:05d}.jpg" for number in range(1, 11)])
+    for number in (1, 2, 4, 5, 6, 7, 9, 10):
+        (tmp_path / "clip" / f"img_{number:05d}.jpg").write_bytes(b"not read, or it would be refused")
+    config = EncodingConfig(store_as="jpeg", frames=2)
+    encoded = encode_sample(FrameFolder(tmp_path / "clip", 10).read(), config)
+    assert read_table(encoded.payload, size=len(encoded.payload)).numbers.tolist() == [2, 7]
 
 
 def test_optical_flow_beside_the_frames_is_left_alone(tmp_path: Path):
     frames = frames_in(tmp_path / "clip", ["img_00001.jpg", "img_00002.jpg"])
     frames_in(tmp_path / "clip", ["flow_x_00001.jpg", "flow_y_00001.jpg"])
-    assert FrameFolder(tmp_path / "clip", 2).read() == frames
+    assert list(FrameFolder(tmp_path / "clip", 2).read()) == frames
 
 
 @pytest.mark.parametrize(

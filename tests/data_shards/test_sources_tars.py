@@ -8,10 +8,12 @@ import os
 import tarfile
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import webdataset
 
 from data_shards.errors import DataError, PackError
+from data_shards.forms.encoding import EncodingConfig
 from data_shards.manifest import open_manifest
 from data_shards.motion import MotionConfig, encode_h264, render_clip
 from data_shards.pack import PackConfig, pack
@@ -202,3 +204,17 @@ def test_facts_that_are_no_json_are_a_bad_sample(tmp_path: Path, video: bytes):
     config = PackConfig(source=tmp_path / "source", destination=tmp_path / "packed", workers=1, on_bad="skip")
     (rejected,) = pack(config).rejected
     assert "a.json is not JSON" in rejected.reason
+
+
+def test_facts_beside_a_picture_are_kept(tmp_path: Path):
+    picture = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8)).save(picture, "PNG")
+    members = {"a.png": picture.getvalue(), "a.cls": b"0", "a.json": json.dumps({"caption": "a cat"}).encode()}
+    tar_of(tmp_path / "source" / "0.tar", members)
+    encoding = EncodingConfig(store_as="raw")
+    pack(PackConfig(source=tmp_path / "source", destination=tmp_path / "packed", encoding=encoding, workers=2))
+    with tarfile.open(tmp_path / "packed" / "train" / "shard-000000.tar") as tar:
+        (name,) = (name for name in tar.getnames() if name.endswith(".json"))
+        file = tar.extractfile(name)
+        assert file is not None
+        assert json.load(file)["source"] == {"caption": "a cat"}

@@ -52,6 +52,14 @@ def test_a_line_that_a_kill_cut_short_is_passed_over(tmp_path):
     assert _counts(tmp_path, num_samples=4, num_epochs=1) == [(4, 0, 0)]
 
 
+def test_a_journal_of_another_set_says_so(tmp_path):
+    _journal(tmp_path, steps=[([0, 1], [0, 4])])
+    with pytest.raises(ValueError, match=r"rank_00000.jsonl names sample 4, the training split has 4: .* another set"):
+        certify(tmp_path, num_samples=4, num_epochs=1)
+    with pytest.raises(ValueError, match="another set"):
+        certify_stream(tmp_path, num_samples=4, num_positions=2, order=lambda positions: positions)
+
+
 def test_a_folder_without_journal_says_so(tmp_path):
     with pytest.raises(ValueError, match="has no journal"):
         certify(tmp_path, num_samples=4, num_epochs=1)

@@ -38,7 +38,7 @@ def test_each_form_is_a_flag_and_ends_in_the_manifest(videos: Path, capsys):
         assert run_command(["pack", str(videos), str(destination), "--workers", "1", *flags.split()]) == 0
         manifest = open_manifest(destination / "train")
         assert (manifest.form, int(manifest.samples["num_frames"][0])) == (form, frames)
-    assert re.search(r"2 classes\n  train +10 videos +1 shards", capsys.readouterr().out)
+    assert re.search(r"2 classes\n  train +10 videos +1 shard  ", capsys.readouterr().out)
 
 
 def test_a_flag_of_another_form_is_one_line(videos: Path, capsys):
@@ -95,6 +95,18 @@ def test_a_stopped_command_goes_on(motion_clips, motion_shards, tmp_path: Path, 
     for split in ("train", "val", "test"):
         one, other = open_manifest(out / split), open_manifest(motion_shards / split)
         assert one.samples["key"].tolist() == other.samples["key"].tolist()
+
+
+def test_a_command_that_is_stopped_while_it_lists_the_source_says_so(videos: Path, capsys, monkeypatch):
+    def list_source(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("data_shards.pack.read_source", list_source)
+    assert run_command(["pack", str(videos), str(videos.parent / "out")]) == 143
+    assert capsys.readouterr().err == "stopped; no shard was begun\n"
+    assert [path.name for path in videos.parent.iterdir()] == ["videos"]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_the_plan_measures_samples_from_the_whole_list(tmp_path: Path, monkeypatch):
