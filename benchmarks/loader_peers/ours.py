@@ -9,15 +9,15 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from benchmarks.loader_peers.work import BATCH_CLIPS, CROP_SIZE, NUM_FRAMES, Place, Stream
+from benchmarks.loader_peers.work import BATCH_CLIPS, CROP_SIZE, NUM_FRAMES, PREFETCH_BATCHES, Place, Stream
 from data_shards.clips import ClipConfig, decode_views
 from data_shards.forms.opening import open_frames
 from data_shards.forms.payload import MemoryPayload
 from data_shards.loader import ClipLoader, LoaderConfig
 from data_shards.manifest import open_manifest
+from data_shards.order import sample_at
 from data_shards.reading import ShardReader
 from data_shards.sampling import sample_generator
 
@@ -37,7 +37,8 @@ def ours(place: Place, workers: int, position: int = 0) -> Iterator[Stream]:
 def limit(place: Place, workers: int, seconds: float) -> tuple[float, float]:
     """Clips/s, and processor seconds a clip, of `workers` processes that do nothing but decode and frame.
 
-    The payloads are in their memory before, each process has its part of them.
+    The payloads are in their memory before. The clips are those that the loader makes, batch by batch in turns, after
+    those that its warming takes.
     """
     context = get_context("forkserver")
     ends = [context.Pipe() for _ in range(workers)]
@@ -61,27 +62,28 @@ def limit(place: Place, workers: int, seconds: float) -> tuple[float, float]:
 def _loop(shards: Path, number: int, workers: int, connection: Connection) -> None:
     torch.set_num_threads(1)
     manifest = open_manifest(shards)
-    ids = np.random.default_rng(0).permutation(len(manifest))[number::workers].tolist()
     with ShardReader(manifest) as reader:
-        payloads = {sample_id: reader.open(sample_id).whole() for sample_id in ids}
+        payloads = [reader.open(sample_id).whole() for sample_id in range(len(manifest))]
     pixels = torch.empty(CLIP.sample_shape(training=True), dtype=torch.uint8)
 
     def make(turn: int) -> None:
-        sample_id = ids[turn % len(ids)]
+        batch, place = divmod(turn, BATCH_CLIPS)
+        position = ((PREFETCH_BATCHES + batch) * workers + number) * BATCH_CLIPS + place
+        sample_id = int(sample_at(position, seed=0, num_samples=len(manifest)))
         row = manifest.samples[sample_id]
         payload = MemoryPayload(payloads[sample_id])
         payload.num_frames = int(row["num_frames"])
         source = open_frames(manifest.form, payload, CLIP.decoding)
-        views = CLIP.views(row, source.num_frames, sample_generator(0, turn // len(ids), sample_id))
+        views = CLIP.views(row, source.num_frames, sample_generator(0, position // len(manifest), sample_id))
         decode_views(source, views, pixels, lambda _stage: None)
 
-    for turn in range(4):
+    for turn in range(4):  # again below: what is timed begins where the loader's timed part does
         make(turn)
     connection.send("warm")
     start, stop = connection.recv()
     time.sleep(max(start - time.monotonic(), 0))
     started, cpu_started, done = time.monotonic(), time.process_time(), 0
     while time.monotonic() < stop:
-        make(4 + done)
+        make(done)
         done += 1
     connection.send((done, done / (time.monotonic() - started), time.process_time() - cpu_started))
