@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from html import escape
-from importlib import resources
 from pathlib import Path
 
 from dist_train.ledger.summary import AttemptSummary, check_closed
@@ -19,8 +18,9 @@ from launch.report.confusion import confusion_markup
 from launch.report.contact_sheet import MAX_CLIPS, MAX_JPEG_BYTES, ClipImages, contact_sheet
 from launch.report.curves import Figure, run_legend, training_figures
 from launch.report.data import RunData, load_runs
+from launch.report.document import html_document
 from launch.report.facts import run_facts
-from launch.report.palette import RUN_STYLES, STACK, color_css
+from launch.report.palette import RUN_STYLES, STACK
 from launch.report.tables import attempts_table, bytes_table, ledger_table, runs_table, workers_table
 from launch.report.timeline import (
     bar_line,
@@ -35,7 +35,6 @@ from launch.report.units import count_text, plural, rate_text, seconds_text, sha
 from launch.report.verdict import judge
 
 TOLERANCE = 0.02
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def write_report(run_dirs: list[Path], output: Path, *, clip_images: ClipImages | None = None) -> Path:
@@ -68,7 +67,6 @@ def write_report(run_dirs: list[Path], output: Path, *, clip_images: ClipImages 
 
 def render_page(runs: list[RunData], *, clip_images: ClipImages | None) -> str:
     """The page of `runs` as HTML."""
-    style = resources.files("launch.report").joinpath("report.css").read_text(encoding="utf-8")
     if len(runs) == 1:
         title = str(runs[0].config.get("experiment") or runs[0].name)
         body = _run_header(runs[0], title) + _training(runs)
@@ -86,15 +84,8 @@ def render_page(runs: list[RunData], *, clip_images: ClipImages | None) -> str:
                 f"{_verdict(run)}{_tiles(run)}{_facts(facts)}{_problems(run)}{sections}</div>"
             )
     written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)} · reelscale</title>\n<style>{style}\n{color_css()}</style></head>\n"
-        f"<body><main>{body}<footer>Written by reelscale on {written} from the run folder's ledger, metrics and "
-        "predictions. This file loads nothing from anywhere.</footer></main></body></html>\n"
-    )
+    footer = f"Written by reelscale on {written} from the run folder's ledger, metrics and predictions."
+    return html_document(title, body, footer=footer)
 
 
 def _run_header(run: RunData, title: str) -> str:

@@ -6,14 +6,13 @@ import base64
 import io
 from collections.abc import Callable
 from html import escape
-from importlib import resources
 
 import numpy as np
 from PIL import Image
 
 from data_shards.inspection import Histogram, SetFacts, SplitFacts, pick_samples
 from launch.report.contact_sheet import filmstrip_jpeg
-from launch.report.palette import color_css
+from launch.report.document import html_document
 from launch.report.svg import Chart
 from launch.report.tables import table
 from launch.report.units import bytes_text, count_text, plural, seconds_text, share_text
@@ -22,13 +21,11 @@ SampleFrames = Callable[[SplitFacts, int], np.ndarray]
 """(split, sample id) -> uint8 frames [T, H, W, 3]; an exception's words take the picture's place."""
 
 MAX_JPEG_BYTES = 3_000_000  # of all pictures of a page; base64 adds a third
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _SIZES_SHOWN = 12
 
 
 def render_set_page(facts: SetFacts, *, sample_frames: SampleFrames, limit: int) -> str:
     """The page; `limit` samples at most, shared out between the splits."""
-    style = resources.files("launch.report").joinpath("report.css").read_text(encoding="utf-8")
     title = facts.root.resolve().name or str(facts.root)
     notes = "".join(f'<p class="problem">{escape(note)}</p>' for note in facts.notes)
     sheets = "".join(
@@ -44,15 +41,8 @@ def render_set_page(facts: SetFacts, *, sample_frames: SampleFrames, limit: int)
         + sheets
         + _section("Classes", _classes_table(facts))
     )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)} · reelscale</title>\n<style>{style}\n{color_css()}</style></head>\n"
-        f"<body><main>{body}<footer>Written by `reelscale inspect` from the manifests of "
-        f"{escape(str(facts.root))}. This file loads nothing from anywhere.</footer></main></body></html>\n"
-    )
+    footer = f"Written by `reelscale inspect` from the manifests of {escape(str(facts.root))}."
+    return html_document(title, body, footer=footer)
 
 
 def _tiles(facts: SetFacts) -> str:
