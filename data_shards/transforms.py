@@ -70,14 +70,7 @@ def training_framing(
     scaled_height, scaled_width = short_side_size(height, width, short_side)
     top = draw_below(scaled_height - crop_size + 1, generator)
     left = draw_below(scaled_width - crop_size + 1, generator)
-    return Framing(
-        height=height,
-        width=width,
-        scaled_height=scaled_height,
-        scaled_width=scaled_width,
-        box=CropBox(top=top, left=left, height=crop_size, width=crop_size),
-        size=crop_size,
-    )
+    return _square((height, width), (scaled_height, scaled_width), top=top, left=left, size=crop_size)
 
 
 def evaluation_framings(height: int, width: int, *, crop_size: int, short_side: int, num_crops: int) -> list[Framing]:
@@ -93,13 +86,18 @@ def evaluation_framings(height: int, width: int, *, crop_size: int, short_side: 
     corners = [(0, 0), (0, right), (down, 0), (down, right)]
     places = {1: [center], 3: [ends[0], center, ends[1]], 5: [*corners, center]}[num_crops]
     return [
-        Framing(
-            height=height,
-            width=width,
-            scaled_height=scaled_height,
-            scaled_width=scaled_width,
-            box=CropBox(top=top, left=left, height=crop_size, width=crop_size),
-            size=crop_size,
-        )
+        _square((height, width), (scaled_height, scaled_width), top=top, left=left, size=crop_size)
         for top, left in places
     ]
+
+
+def _square(picture: tuple[int, int], scaled: tuple[int, int], *, top: int, left: int, size: int) -> Framing:
+    """The picture (height, width) brought to the scaled size, and a square cut out of that."""
+    return Framing(
+        height=picture[0],
+        width=picture[1],
+        scaled_height=scaled[0],
+        scaled_width=scaled[1],
+        box=CropBox(top=top, left=left, height=size, width=size),
+        size=size,
+    )
