@@ -108,21 +108,11 @@ def exchange_of_one_rank(
     end of the last bucket are as it set them, and no bucket counts as one that has to be exchanged again. An all-to-all
     of that group leaves its output as it was; here it is given the rank's own part from everyone.
     """
-    rank = world_size - 1
-    world = World(
-        rank=rank,
-        world_size=world_size,
-        local_rank=rank % ranks_per_node,
-        local_world_size=ranks_per_node,
-        node_rank=rank // ranks_per_node,
-        num_nodes=world_size // ranks_per_node,
-    )
-    torch.manual_seed(0)
-    module: nn.Module = MODELS[model](num_classes=400, num_segments=SEGMENTS).train()
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in PyTorch's stubs
-    phase = Phase(name="classify", module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1))
+    world = _last_rank(world_size, ranks_per_node)
+    phase = _phase_of(model)
+    module = phase.module
     clip = torch.randn(1, SEGMENTS, 3, 32, 32)
-    dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=world_size)
+    dist.init_process_group("fake", store=dist.HashStore(), rank=world.rank, world_size=world_size)
     answering = mock.patch.object(dist, "all_to_all_single", _own_part_from_everyone)
     answering.start()
     try:
@@ -178,6 +168,26 @@ def exchange_of_one_rank(
         buffer_megabytes=kept / 1e6,
         peak_megabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
     )
+
+
+def _last_rank(world_size: int, ranks_per_node: int) -> World:
+    rank = world_size - 1
+    return World(
+        rank=rank,
+        world_size=world_size,
+        local_rank=rank % ranks_per_node,
+        local_world_size=ranks_per_node,
+        node_rank=rank // ranks_per_node,
+        num_nodes=world_size // ranks_per_node,
+    )
+
+
+def _phase_of(model: str) -> Phase:
+    """The phase that trains `model`, the same weights on every call."""
+    torch.manual_seed(0)
+    module: nn.Module = MODELS[model](num_classes=400, num_segments=SEGMENTS).train()
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in PyTorch's stubs
+    return Phase(name="classify", module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1))
 
 
 class _Launches(NullLedger):
