@@ -31,6 +31,8 @@ parser.add_argument("--gradient-predivide-factor", type=float, default=1.0)
 
 
 class Net(nn.Module):
+    """Two convolutions and two linear layers: pictures `[B, 1, 28, 28]` to log-probabilities `[B, 10]`."""
+
     def __init__(self):
         super().__init__()
         self.conv1 = nn.Conv2d(1, 8, kernel_size=5)
@@ -46,6 +48,7 @@ class Net(nn.Module):
 
 
 def draw(count, seed):
+    """A set of `count` pictures with their labels, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (count,), generator=generator)
     pictures = torch.randn(count, 1, 28, 28, generator=generator) * 0.3
@@ -56,10 +59,12 @@ def draw(count, seed):
 
 
 def metric_average(value, name):
+    """The mean of a number over the ranks."""
     return hvd.allreduce(torch.tensor(value), name=name).item()
 
 
 def main():
+    """Trains, and prints loss and accuracy after each epoch."""
     args = parser.parse_args()
     cuda = not args.no_cuda and torch.cuda.is_available()
     hvd.init()

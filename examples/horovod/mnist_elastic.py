@@ -40,6 +40,7 @@ optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_par
 
 @hvd.elastic.run
 def train(state):
+    """Trains from where `state` stands; called again when the world has changed."""
     print(f"rank {hvd.rank()} of {hvd.size()}: epoch {state.epoch}, {sampler.processed_num} done", flush=True)
     while state.epoch < args.epochs:
         loss = torch.zeros(())  # where a failure came after the last batch of an epoch
@@ -62,6 +63,7 @@ def train(state):
 
 
 def on_reset():
+    """Fits the learning rate to the new world."""
     state.worlds += 1
     for group in optimizer.param_groups:
         group["lr"] = args.lr * hvd.size()
