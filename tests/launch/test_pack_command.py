@@ -76,7 +76,7 @@ def test_images_say_how_they_are_packed_and_are_packed_so(tmp_path: Path, capsys
 )
 def test_a_stopped_command_goes_on(motion_clips, motion_shards, tmp_path: Path, number: int):
     out = tmp_path / "out"
-    flags = ("--max-shard-samples", 3, "--workers", 2, "--as", "mp4", "--gop", 4)
+    flags = ("--max-shard-samples", 1, "--workers", 2, "--as", "mp4", "--gop", 4)
     running = start("pack", motion_clips, out, *flags)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("out.partial/records/*.json")) and time.monotonic() < deadline:
